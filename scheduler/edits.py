@@ -1,0 +1,136 @@
+"""Carrying out what a strategy decided: the five edits, on blocks, slots and tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .errors import PageforkError
+from .group import Group
+from .kv_manager import KVManager
+from .plan import Ints, ints
+from .slots import Slots
+from .strategies.base import Ask, Drop, Edit, Emit, Finish, Grow, Ids, Read
+
+
+@dataclass(slots=True)
+class Update:
+    """What happened to a request in a step, in order. `done`: it is over; `error`: why, where it failed."""
+
+    request_id: str
+    events: list[Emit | Finish] = field(default_factory=list)
+    asks: list[Ask] = field(default_factory=list)
+    done: bool = False
+    error: PageforkError | None = None
+
+
+class Editor:
+    """Applies edits. Appends are collected over all groups and done at once by `flush`."""
+
+    def __init__(self, kv: KVManager, slots: Slots) -> None:
+        self._kv = kv
+        self._slots = slots
+        self._seqs: list[int] = []
+        self._tokens: list[int] = []
+        self._nodes: list[int] = []
+
+    def apply(self, group: Group, edits: list[Edit], update: Update) -> None:
+        """Forks share before anything is dropped, and what is dropped gives its slots before forks take any."""
+        forks: list[tuple[Ints, Ints]] = []
+        dropped: list[Ids] = []
+        for edit in edits:
+            match edit:
+                case Grow():
+                    self._grow(group, edit, forks)
+                case Drop(seqs):
+                    dropped.append(seqs)
+                case Emit() | Finish():
+                    update.events.append(edit)
+                    if isinstance(edit, Finish):
+                        group.unfinished.discard(edit.index)
+                case Ask():
+                    group.asked = True
+                    update.asks.append(edit)
+        if forks or dropped:
+            self._reslot(group, forks, np.concatenate([ints(), *map(ints, dropped)]))
+
+    def _grow(self, group: Group, edit: Grow, forks: list[tuple[Ints, Ints]]) -> None:
+        if edit.dst is edit.src and isinstance(edit.src, list) and edit.run:
+            self._append_few(group, edit.src, edit.token)
+            return
+        src, dst, token = ints(edit.src), ints(edit.dst), ints(edit.token)
+        table = self._kv.table
+        fresh = src != dst
+        if fresh.any():
+            self._kv.fork(src[fresh], dst[fresh])
+            table.stream[dst[fresh]] = table.stream[src[fresh]] if edit.stream is None else np.asarray(edit.stream, np.int64)[fresh]
+        nodes = group.tokens.extend(table.node[src], token)
+        table.known[dst] += 1
+        table.last[dst] = token
+        table.node[dst] = nodes
+        table.run[dst] = edit.run
+        if edit.text is not None:
+            group.text.update(zip(dst.tolist(), edit.text, strict=True))
+        if edit.run:
+            group.expect += len(dst)
+            idle = ~fresh & (table.slot[dst] < 0)
+            forks.append((src[fresh | idle], dst[fresh | idle]))
+
+    def _append_few(self, group: Group, seqs: list[int], tokens: Ids) -> None:
+        node, append = self._kv.table.node, group.tokens.append
+        self._nodes += [append(int(node[seq]), int(token)) for seq, token in zip(seqs, tokens, strict=True)]
+        self._seqs += seqs
+        self._tokens += tokens
+        group.expect += len(seqs)
+
+    def flush(self) -> None:
+        """Make the collected appends count."""
+        if self._seqs:
+            table, seqs = self._kv.table, ints(self._seqs)
+            table.known[seqs] += 1
+            table.last[seqs] = self._tokens
+            table.node[seqs] = self._nodes
+            self._seqs, self._tokens, self._nodes = [], [], []
+
+    def _reslot(self, group: Group, forks: list[tuple[Ints, Ints]], dropped: Ints) -> None:
+        table = self._kv.table
+        # A source that is dropped keeps its number in the forks: a plan reads all sources before it writes.
+        sources = [(table.slot[src].copy(), dst) for src, dst in forks]
+        if len(dropped):
+            self._slots.close(dropped)
+            for seq in dropped.tolist():
+                group.text.pop(seq, None)
+            self._kv.drop(dropped)
+            group.live -= len(dropped)
+        for slots, dst in sources:
+            self._slots.fork(slots, dst.tolist())
+
+
+def fork_now(kv: KVManager, slots: Slots, group: Group, read: Read) -> list[int]:
+    """Fork the sequences of a Read that are new, inside the plan: several draws from one row. Who they are."""
+    assert read.seqs is not None
+    table = kv.table
+    new = [i for i, seq in enumerate(read.seqs) if table.known[seq] == 0]
+    if not new:
+        return []
+    src, dst = ints([read.at[i] for i in new]), ints([read.seqs[i] for i in new])
+    kv.fork(src, dst)
+    table.stream[dst] = table.stream[src] if read.stream is None else [read.stream[i] for i in new]
+    children: list[int] = dst.tolist()
+    slots.open(children)
+    group.expect += len(children)
+    for source, child in zip(src.tolist(), children, strict=True):
+        if source in group.text:
+            group.text[child] = group.text[source]
+    return children
+
+
+def hopeless(group: Group, kv: KVManager) -> bool:
+    """Whether nothing of the group will ever be computed again although it is not over."""
+    if group.asked or not group.unfinished:
+        return False
+    table = kv.table
+    seqs = table.of(group.number)
+    return not bool((table.run[seqs] & ((table.known[seqs] > table.scheduled[seqs]) | (table.pending[seqs] > 0))).any())
+

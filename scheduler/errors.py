@@ -1,0 +1,46 @@
+"""The one error tree of Pagefork: every error that it raises on purpose derives from PageforkError.
+
+A message says what was given, what is allowed and, where there is a choice, which setting to change.
+"""
+
+from __future__ import annotations
+
+
+class PageforkError(Exception):
+    """Base of all errors raised by Pagefork."""
+
+
+class InvalidRequestError(PageforkError, ValueError):
+    """A request or one of its parameters can't be honoured; it was refused before any work."""
+
+
+class ParameterError(InvalidRequestError):
+    """A parameter is unknown, out of its range, or contradicts another one."""
+
+
+class ConfigError(PageforkError, ValueError):
+    """An engine setting is unknown, out of its range, or contradicts another one."""
+
+
+class ModelError(PageforkError, ValueError):
+    """A checkpoint can't be loaded: missing, damaged, of an unsupported architecture or format."""
+
+
+class KVExhaustedError(PageforkError):
+    """A group that had the whole cache to itself could not take its next step."""
+
+
+class NumericError(PageforkError):
+    """The model returned NaN, or nothing but -inf, for a row of this request."""
+
+
+class StepFailedError(PageforkError):
+    """The step that computed this request raised; the cause is attached."""
+
+
+class EngineMisuseError(PageforkError, RuntimeError):
+    """The engine was called from a second thread or from inside its own step."""
+
+
+class BlockAccountingError(PageforkError, AssertionError):
+    """The block pool contradicts the tables that refer to it; a bug in Pagefork, never in its user."""

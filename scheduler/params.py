@@ -1,0 +1,180 @@
+"""What a request may ask for. Ranges are checked on construction and on decoding alike.
+
+Names mean what they mean in vLLM, else in Hugging Face.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from .errors import ParameterError
+
+# What people type who come from another engine, and what it is called here.
+FOREIGN_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "num_return_sequences": "n",
+    "num_beams": "BeamSearchParams(beam_width=...)",
+    "do_sample": "temperature (0 is greedy)",
+    "penalty_alpha": "ContrastiveSearchParams(alpha=...)",
+    "eos_token_id": "stop_token_ids",
+    "stop_strings": "stop",
+    "bad_words_ids": "bad_words",
+    "typical_p": "top_p or min_p",
+    "use_beam_search": "BeamSearchParams(beam_width=...)",
+    "length_penalty": "BeamSearchParams(length_penalty=...)",
+    "early_stopping": "BeamSearchParams(early_stopping=...)",
+}
+
+
+class _ParamsMeta(msgspec.StructMeta):
+    """Refuses unknown field names with an error that lists what exists."""
+
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        unknown = [name for name in fields if name not in cls.__struct_fields__]
+        if unknown:
+            raise ParameterError(_unknown_field(cls, unknown[0]))
+        try:
+            return super().__call__(*args, **fields)
+        except TypeError as error:
+            raise ParameterError(f"{cls.__name__}: {error}; name every parameter") from None
+
+
+def _unknown_field(cls: Any, name: str) -> str:
+    if name in FOREIGN_NAMES:
+        return f"{cls.__name__} has no parameter {name!r}; here it is called {FOREIGN_NAMES[name]}"
+    return f"{cls.__name__} has no parameter {name!r}; it has {', '.join(cls.__struct_fields__)}"
+
+
+Probability = Annotated[float, Meta(gt=0, le=1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+StopString = Annotated[str, Meta(min_length=1)]
+
+
+class CommonParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, metaclass=_ParamsMeta):
+    """What every decoding strategy honours. Ranges stand in the annotations.
+
+    Raises ParameterError (a ValueError) for an unknown name, a wrong type or a value out of range.
+    """
+
+    max_tokens: Annotated[int, Meta(ge=1, description="Most tokens to generate; None: up to max_model_len")] | None = 16
+    min_tokens: Annotated[int, Meta(ge=0, description="End tokens are banned until this many are generated")] = 0
+    stop: Annotated[list[StopString], Meta(description="Texts that end an output; not part of it")] = []
+    stop_token_ids: Annotated[list[TokenId], Meta(description="Further tokens that end an output")] = []
+    ignore_eos: Annotated[bool, Meta(description="Go on after the model's own end tokens")] = False
+    include_stop_str_in_output: Annotated[bool, Meta(description="Keep the stop text in the output")] = False
+    skip_special_tokens: Annotated[bool, Meta(description="Leave special tokens out of the text")] = True
+    repetition_penalty: Annotated[float, Meta(gt=0, description="Logits of prompt and output tokens: divided if positive, else multiplied")] = 1.0
+    frequency_penalty: Annotated[Penalty, Meta(description="Subtracted once per occurrence in the output")] = 0.0
+    presence_penalty: Annotated[Penalty, Meta(description="Subtracted from every token that occurs in the output")] = 0.0
+    no_repeat_ngram_size: Annotated[int, Meta(ge=0, description="No n-gram of this size occurs twice; 0: off")] = 0
+    logit_bias: Annotated[dict[TokenId, float], Meta(description="Added to the logits of these token ids")] | None = None
+    bad_words: Annotated[list[StopString], Meta(description="Texts whose token sequences are never completed")] = []
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, description="Every other token is banned")] | None = None
+    logprobs: Annotated[int, Meta(ge=-1, description="Top log-probs per token; 0: the chosen token's only; -1: the whole vocabulary")] | None = None
+
+    def __post_init__(self) -> None:
+        cls = type(self)
+        stop: Any = self.stop
+        if isinstance(stop, str):
+            msgspec.structs.force_setattr(self, "stop", [stop])
+        for name, kind, default in _checked_fields(cls):
+            value = getattr(self, name)
+            if value is not default:
+                _check(cls, name, value, kind)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ParameterError(f"min_tokens={self.min_tokens} is larger than max_tokens={self.max_tokens}")
+        for token, bias in (self.logit_bias or {}).items():
+            if not math.isfinite(bias):
+                raise ParameterError(f"logit_bias[{token}]={bias} is not finite; to ban a token use allowed_token_ids or bad_words")
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, checked again."""
+        fields = {name: getattr(self, name) for name in self.__struct_fields__}
+        return type(self)(**{**fields, **changes})
+
+
+_FIELDS: dict[type, list[tuple[str, Any, Any]]] = {}
+
+
+def _checked_fields(cls: type[CommonParams]) -> list[tuple[str, Any, Any]]:
+    if cls not in _FIELDS:
+        hints = get_type_hints(cls, include_extras=True)
+        defaults = {field.name: field.default for field in msgspec.structs.fields(cls)}
+        _FIELDS[cls] = [(name, hints[name], defaults[name]) for name in cls.__struct_fields__]
+    return _FIELDS[cls]
+
+
+def _check(cls: type, name: str, value: Any, kind: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ParameterError(f"{cls.__name__}: {name}={value!r} is not a finite number")
+    if kind is Callable or name == "rank_by":
+        if value is not None and not callable(value):
+            raise ParameterError(f"{cls.__name__}: {name}={value!r} is not callable")
+        return
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        raise ParameterError(f"{cls.__name__}: {name}={shown} is refused: {error}") from None
+
+
+PRESETS: dict[str, dict[str, float]] = {
+    "code": {"temperature": 0.2, "top_p": 0.95},
+    "factual": {"temperature": 0.2, "top_p": 0.95},
+    "chat": {"temperature": 0.8, "top_p": 0.9, "presence_penalty": 0.5},
+    "creative": {"temperature": 1.2, "top_p": 0.95, "frequency_penalty": 0.5},
+    "focused": {"temperature": 0.8, "top_p": 0.5},
+}
+
+
+class SamplingParams(CommonParams, frozen=True, kw_only=True, tag="sampling"):
+    """Sampling, greedy decoding (temperature 0), several outputs (`n`) and best-of-n (`best_of`).
+
+    Order of the logits pipeline: bans, logit_bias, penalties, temperature, top_k, top_p, min_p, draw.
+    Raises ParameterError (a ValueError) for anything that can't be honoured.
+    """
+
+    n: Annotated[int, Meta(ge=1, description="Outputs per prompt; they share the prompt's cache blocks")] = 1
+    best_of: Annotated[int, Meta(ge=1, description="Generate this many, return the n best")] | None = None
+    rank_by: Callable[[Any], float] | None = None
+    temperature: Annotated[float, Meta(ge=0, description="0: greedy; below 1 sharper, above 1 flatter")] = 1.0
+    top_k: Annotated[int, Meta(ge=-1, description="Keep the k most probable tokens; 0 or -1: off")] = 0
+    top_p: Annotated[Probability, Meta(description="Keep the smallest set of tokens with this mass")] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1, description="Keep tokens at least this fraction as probable as the best")] = 0.0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1, description="Makes the draws reproducible; None: derived from the engine's seed and the request id")] | None = None
+    logprobs_mode: Annotated[Literal["raw", "processed"], Meta(description="Log-probs before or after the logits pipeline")] = "raw"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.best_of is not None and self.best_of < self.n:
+            raise ParameterError(f"best_of={self.best_of} is smaller than n={self.n}")
+        if self.greedy and self.width > 1:
+            raise ParameterError(f"temperature=0 is greedy: all {self.width} outputs would be the same; use n=1, or a temperature above 0")
+        if self.rank_by is not None and self.best_of is None:
+            raise ParameterError("rank_by ranks the candidates of best_of, which is not given")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken; below 1e-5 a temperature is 0."""
+        return self.temperature < 1e-5
+
+    @property
+    def width(self) -> int:
+        """Sequences that run at once."""
+        return self.best_of or self.n
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> SamplingParams:
+        """Settings for a purpose: code, factual, chat, creative or focused; `overrides` win."""
+        if name not in PRESETS:
+            raise ParameterError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})

@@ -1,0 +1,52 @@
+"""Who goes first: the waiting queue and its order."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+
+from .group import Group, State
+
+LOOK_AHEAD = 8  # groups behind a head that doesn't fit which may be tried in its place
+MAX_BYPASSES = 16  # times that a head lets others pass before everyone waits for it
+
+
+class WaitingQueue:
+    """Waiting groups by Group.order: priority (lower first), then arrival. A preempted group keeps its place."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[int, int], int, Group]] = []
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[Group]:
+        return (group for _, _, group in self._heap if group.state is State.WAITING)
+
+    def push(self, group: Group) -> None:
+        heapq.heappush(self._heap, (group.order, group.number, group))
+        self._size += 1
+
+    def discard(self) -> None:
+        """A waiting group ended; its entry is skipped when it comes up."""
+        self._size -= 1
+
+    def admit(self, fits: Callable[[Group], bool]) -> list[Group]:
+        """Take out the groups that fit, in order, passing a few that don't, each a limited number of times."""
+        admitted: list[Group] = []
+        passed: list[Group] = []
+        while self._heap and len(passed) < LOOK_AHEAD and not (passed and passed[0].bypassed >= MAX_BYPASSES):
+            group = heapq.heappop(self._heap)[2]
+            if group.state is not State.WAITING:
+                continue
+            self._size -= 1
+            if fits(group):
+                admitted.append(group)
+                for other in passed:
+                    other.bypassed += 1
+            else:
+                passed.append(group)
+        for group in passed:
+            self.push(group)
+        return admitted

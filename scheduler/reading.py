@@ -1,0 +1,64 @@
+"""Cutting the reads of a step into what each group asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .plan import Reads
+from .strategies.base import Samples
+
+_FIELDS = ("token", "logp", "rank", "top_id", "top_logp", "top_p", "parent", "score", "sim")
+_WIDE = ("top_id", "top_logp", "top_p")
+
+
+class Reading:
+    """The reads of one Result. SAMPLE reads become lists once, since most groups sample one or few sequences."""
+
+    def __init__(self, reads: list[Reads]) -> None:
+        self._reads = reads
+        self._any_bad = [bool(read.bad.any()) for read in reads]
+        self._samples: dict[int, Samples] = {}
+        for index, read in enumerate(reads):
+            if read.token is not None:
+                assert read.logp is not None and read.rank is not None
+                self._samples[index] = Samples(read.token.tolist(), read.logp.tolist(), read.rank.tolist())
+
+    def bad(self, parts: list[tuple[int, int, int, int]]) -> bool:
+        """Whether any of the parts met NaN or nothing but -inf."""
+        return any(self._any_bad[probe] and bool(self._reads[probe].bad[begin:end].any()) for probe, begin, end, _ in parts)
+
+    def of(self, parts: list[tuple[int, int, int, int]], keep: list[int] | None = None) -> list[Any]:
+        """One item per part, Samples or Reads; `keep` are the positions of entries that still count."""
+        return [self._part(*part, keep) for part in parts]
+
+    def _part(self, probe: int, begin: int, end: int, n: int, keep: list[int] | None) -> Samples | Reads:
+        samples = self._samples.get(probe)
+        if samples is not None:
+            if keep is None:
+                return Samples(samples.token[begin:end], samples.logp[begin:end], samples.rank[begin:end])
+            at = [begin + i for i in keep]
+            return Samples([samples.token[i] for i in at], [samples.logp[i] for i in at], [samples.rank[i] for i in at])
+        read = self._reads[probe]
+        fields: dict[str, Any] = {"bad": read.bad[begin:end]}
+        for name in _FIELDS:
+            column = getattr(read, name)
+            if column is not None:
+                fields[name] = column[begin:end, :n] if name in _WIDE else column[begin:end]
+        if keep is not None:
+            fields = {name: column[keep] for name, column in fields.items()}
+        return Reads(**fields)
+
+
+def join(parts: Sequence[Any]) -> Any:
+    """The reads of one Read that came in several steps, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Samples):
+        token, logp, rank = ([x for part in parts for x in part[i]] for i in range(3))
+        return Samples(token, logp, rank)
+    columns = {name: [getattr(part, name) for part in parts] for name in ("bad", *_FIELDS)}
+    joined: dict[str, Any] = {name: None if column[0] is None else np.concatenate(column) for name, column in columns.items()}
+    return Reads(**joined)

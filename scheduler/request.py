@@ -1,0 +1,44 @@
+"""A request as the scheduler sees it: token ids and parameters, no text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from .params import CommonParams
+from .plan import Ints, Spec
+
+
+class TextRules(Protocol):
+    """What the scheduler asks of text without having a tokenizer. States are immutable: forks share them."""
+
+    def start(self) -> Any:
+        """The state before the first generated token."""
+
+    def check(self, state: Any, token: int) -> tuple[Any, str | None]:
+        """The state after `token`, and the stop text that it completes, if any."""
+
+    def text(self, tokens: list[int]) -> str:
+        """The text of generated tokens."""
+
+
+@dataclass(slots=True)
+class Request:
+    """One prompt and what to do with it.
+
+    `end_ids` end an output (the model's own, unless ignored, and `params.stop_token_ids`); `limit` is the
+    length at which a sequence is full, prompt included; `salt` separates prefix caches.
+    """
+
+    id: str
+    prompt: Ints
+    params: CommonParams
+    spec: Spec
+    limit: int
+    priority: int = 0
+    arrival: int = 0
+    end_ids: frozenset[int] = frozenset()
+    model_end_ids: frozenset[int] = frozenset()
+    rules: TextRules | None = None
+    salt: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,203 @@
+"""What a decoding strategy is: a policy that answers what was read with edits of its group.
+
+A strategy never sees slots, blocks or tensors. It holds what is needed to go on after losing every block:
+scores, finished hypotheses, tree statistics. Sequences (live KV) and outputs (what the user sees) are
+different things: an output may outlive its sequence and a sequence need not become an output.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+import msgspec
+
+from ..errors import ParameterError
+from ..params import CommonParams
+from ..plan import Bools, Floats, Ints, Kind, Reads
+from ..request import Request
+
+if TYPE_CHECKING:
+    from ..group import Group
+
+# Sequence ids or per-sequence values: narrow groups use lists, wide ones arrays; both are taken everywhere.
+Ids = Sequence[int] | Ints
+
+
+class Grow(msgspec.Struct):
+    """dst[i] = src[i] + token[i]. dst == src appends; a fresh dst (Group.fresh) forks, sharing all blocks.
+
+    `stream` gives fresh sequences their random stream. `run=False` keeps them parked: blocks, no row.
+    `text` are the text states of dst, where the group has text rules.
+    """
+
+    src: Ids
+    token: Ids
+    dst: Ids
+    stream: Ids | None = None
+    run: bool = True
+    text: list[Any] | None = None
+
+
+class Drop(msgspec.Struct):
+    """Release the KV of these sequences; they end."""
+
+    seqs: Ids
+
+
+class Top(NamedTuple):
+    """The read-out of one token for `logprobs`: rank of the chosen one, and the most probable ids."""
+
+    rank: int
+    ids: Ints
+    logps: Floats
+
+
+class Emit(msgspec.Struct):
+    """Deliver tokens of output `index`, with the log-prob of each, and their Top where logprobs were asked for."""
+
+    index: int
+    tokens: list[int]
+    logps: list[float]
+    tops: list[Top] | None = None
+
+
+class Finish(msgspec.Struct):
+    """Output `index` is complete. `stop_reason`: the stop text or token id that ended it."""
+
+    index: int
+    reason: str
+    score: float | None = None
+    stop_reason: int | str | None = None
+
+
+class Ask(msgspec.Struct):
+    """Wait for values that are computed outside the step; Strategy.answer gets them. Others run on."""
+
+    name: str
+    seqs: Ids
+
+
+Edit = Grow | Drop | Emit | Finish | Ask
+
+
+class Footprint(NamedTuple):
+    """`width`: most sequences with a slot at once; `outputs`: how many Finish edits end the group."""
+
+    width: int
+    outputs: int = 1
+
+
+class Read(msgspec.Struct):
+    """A Probe in terms of sequences: read at the last position of `at[i]`, on behalf of `seqs[i]`.
+
+    `seqs` defaults to `at`. Ids in it that were just made by Group.fresh are forked from `at[i]` in the
+    same plan, with `stream[i]`: several draws from one forward.
+    """
+
+    kind: Kind
+    at: Ids
+    seqs: Ids | None = None
+    stream: Ids | None = None
+    n: int = 0
+    groups: Ints | None = None
+    keep: Ints | None = None
+    bias: Floats | None = None
+    similarity: Bools | None = None
+    mask: Bools | None = None
+
+
+class Samples(NamedTuple):
+    """The reads of a SAMPLE probe: plain lists, since a group samples few sequences and arrays of one are slow."""
+
+    token: list[int]
+    logp: list[float]
+    rank: list[int]
+
+
+class Strategy(Protocol):
+    """One instance per group.
+
+    lockstep: `advance` gets whole generations, also when their rows took several steps. pipelined: the next
+    row may be planned before the token it feeds is known here (each row draws one token and appends it).
+    """
+
+    params: ClassVar[type[CommonParams]]
+    lockstep: ClassVar[bool]
+    pipelined: ClassVar[bool]
+
+    def __init__(self, request: Request) -> None: ...
+
+    def footprint(self) -> Footprint: ...
+
+    def probe(self, group: Group, seqs: Ids) -> list[Read]:
+        """What to read when the rows of `seqs` are computed up to their last known token."""
+
+    def advance(self, group: Group, seqs: Ids, reads: list[Any]) -> list[Edit]:
+        """What follows from the reads, one item per Read of `probe`: Samples for SAMPLE, else Reads.
+
+        `seqs` are the sequences that were read (Read.seqs of the first). Afterwards the group must have a
+        sequence to run, an Ask in flight, or all outputs finished.
+        """
+
+    def answer(self, group: Group, values: list[float]) -> list[Edit]:
+        """What follows from the values of the last Ask."""
+
+    def shed(self, group: Group) -> Ids:
+        """Parked sequences whose blocks may go, first to go first; they stay alive and are recomputed when grown."""
+
+
+class Base:
+    """Defaults of a strategy that asks nothing and parks nothing."""
+
+    lockstep: ClassVar[bool] = True
+    pipelined: ClassVar[bool] = False
+
+    def answer(self, group: Group, values: list[float]) -> list[Edit]:
+        """Never called: no Ask was made."""
+        raise TypeError(f"{type(self).__name__} asked for nothing")
+
+    def shed(self, group: Group) -> Ids:
+        """Nothing is parked."""
+        return []
+
+
+def ending(request: Request, token: int, length: int, hit: str | None) -> tuple[str, int | str | None] | None:
+    """Why an output ends after `token`, its `length`-th one: (finish reason, stop reason), or None.
+
+    `hit` is the stop text that the token completed, if any.
+    """
+    if token in request.end_ids:
+        return "stop", None if token in request.model_end_ids else token
+    if hit is not None and length >= request.params.min_tokens:
+        return "stop", hit
+    if len(request.prompt) + length >= request.limit:
+        return "length", None
+    return None
+
+
+_STRATEGIES: dict[type[CommonParams], Callable[[Request], Strategy]] = {}
+
+
+def register(strategy: Any) -> Any:
+    """Class decorator: requests with `strategy.params` are decoded by it."""
+    _STRATEGIES[strategy.params] = strategy
+    return strategy
+
+
+def make(request: Request) -> Strategy:
+    """The strategy for a request's parameters. Every module beside this one is imported to register its own."""
+    if not _STRATEGIES:
+        package = importlib.import_module(__package__)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{__package__}.{module.name}")
+    if type(request.params) not in _STRATEGIES:
+        known = ", ".join(sorted(kind.__name__ for kind in _STRATEGIES))
+        raise ParameterError(f"no strategy for {type(request.params).__name__}; there are {known}")
+    return _STRATEGIES[type(request.params)](request)
+
+
+__all__ = ["Ask", "Base", "Drop", "Edit", "Emit", "Finish", "Footprint", "Grow", "Ids", "Read", "Reads", "Samples", "Strategy", "Top",
+           "ending", "make", "register"]  # fmt: skip
