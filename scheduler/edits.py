@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
+import msgspec
 import numpy as np
 
 from .errors import PageforkError
@@ -14,14 +13,15 @@ from .slots import Slots
 from .strategies.base import Ask, Drop, Edit, Emit, Finish, Grow, Ids, Read
 
 
-@dataclass(slots=True)
-class Update:
+class Update(msgspec.Struct):
     """What happened to a request in a step, in order. `done`: it is over; `error`: why, where it failed."""
 
     request_id: str
-    events: list[Emit | Finish] = field(default_factory=list)
-    asks: list[Ask] = field(default_factory=list)
+    events: list[Emit | Finish] = []
+    asks: list[Ask] = []
     done: bool = False
+    cached_tokens: int = 0
+    preemptions: int = 0
     error: PageforkError | None = None
 
 
@@ -31,9 +31,7 @@ class Editor:
     def __init__(self, kv: KVManager, slots: Slots) -> None:
         self._kv = kv
         self._slots = slots
-        self._seqs: list[int] = []
-        self._tokens: list[int] = []
-        self._nodes: list[int] = []
+        self._appends: list[tuple[Group, list[int], Ids]] = []
 
     def apply(self, group: Group, edits: list[Edit], update: Update) -> None:
         """Forks share before anything is dropped, and what is dropped gives its slots before forks take any."""
@@ -57,14 +55,17 @@ class Editor:
 
     def _grow(self, group: Group, edit: Grow, forks: list[tuple[Ints, Ints]]) -> None:
         if edit.dst is edit.src and isinstance(edit.src, list) and edit.run:
-            self._append_few(group, edit.src, edit.token)
+            self._appends.append((group, edit.src, edit.token))
+            group.expect += len(edit.src)
             return
         src, dst, token = ints(edit.src), ints(edit.dst), ints(edit.token)
         table = self._kv.table
         fresh = src != dst
         if fresh.any():
             self._kv.fork(src[fresh], dst[fresh])
-            table.stream[dst[fresh]] = table.stream[src[fresh]] if edit.stream is None else np.asarray(edit.stream, np.int64)[fresh]
+            table.stream[dst[fresh]] = (
+                table.stream[src[fresh]] if edit.stream is None else np.asarray(edit.stream, np.int64)[fresh]
+            )
         nodes = group.tokens.extend(table.node[src], token)
         table.known[dst] += 1
         table.last[dst] = token
@@ -77,21 +78,17 @@ class Editor:
             idle = ~fresh & (table.slot[dst] < 0)
             forks.append((src[fresh | idle], dst[fresh | idle]))
 
-    def _append_few(self, group: Group, seqs: list[int], tokens: Ids) -> None:
-        node, append = self._kv.table.node, group.tokens.append
-        self._nodes += [append(int(node[seq]), int(token)) for seq, token in zip(seqs, tokens, strict=True)]
-        self._seqs += seqs
-        self._tokens += tokens
-        group.expect += len(seqs)
-
     def flush(self) -> None:
         """Make the collected appends count."""
-        if self._seqs:
-            table, seqs = self._kv.table, ints(self._seqs)
-            table.known[seqs] += 1
-            table.last[seqs] = self._tokens
-            table.node[seqs] = self._nodes
-            self._seqs, self._tokens, self._nodes = [], [], []
+        if not self._appends:
+            return
+        table = self._kv.table
+        seqs = ints([seq for _, part, _ in self._appends for seq in part])
+        table.known[seqs] += 1
+        table.last[seqs] = [token for _, _, part in self._appends for token in part]
+        parents = iter(table.node[seqs].tolist())
+        table.node[seqs] = [group.tokens.append(next(parents), token) for group, _, part in self._appends for token in part]
+        self._appends = []
 
     def _reslot(self, group: Group, forks: list[tuple[Ints, Ints]], dropped: Ints) -> None:
         table = self._kv.table
@@ -126,11 +123,8 @@ def fork_now(kv: KVManager, slots: Slots, group: Group, read: Read) -> list[int]
     return children
 
 
-def hopeless(group: Group, kv: KVManager) -> bool:
-    """Whether nothing of the group will ever be computed again although it is not over."""
-    if group.asked or not group.unfinished:
-        return False
+def going_on(kv: KVManager) -> set[int]:
+    """Numbers of the groups that have something to compute, or a read-out in flight."""
     table = kv.table
-    seqs = table.of(group.number)
-    return not bool((table.run[seqs] & ((table.known[seqs] > table.scheduled[seqs]) | (table.pending[seqs] > 0))).any())
-
+    busy = table.alive & table.run & ((table.known > table.scheduled) | (table.pending > 0))
+    return set(table.group[busy].tolist())

@@ -141,13 +141,19 @@ class KVManager:
         self.pool.retain(self.table.blocks(dst))
         if self.replaced:
             births = self.table.birth
-            children = [(d, column, block) for s, d in zip(src, dst, strict=True) for seq, _, column, block in self.replaced if seq == s]
+            children = [
+                (d, column, block) for s, d in zip(src, dst, strict=True) for seq, _, column, block in self.replaced if seq == s
+            ]
             self.replaced += [(int(d), int(births[d]), column, block) for d, column, block in children]
 
     def take_replaced(self) -> tuple[Ints, Ints, Ints]:
         """Sequences, columns and blocks of replaced table entries since the last call, of those that have a slot."""
         table = self.table
-        rows = [(seq, column, block) for seq, birth, column, block in self.replaced if table.birth[seq] == birth and table.slot[seq] >= 0]
+        rows = [
+            (seq, column, block)
+            for seq, birth, column, block in self.replaced
+            if table.birth[seq] == birth and table.slot[seq] >= 0
+        ]
         self.replaced = []
         seqs, columns, blocks = ints(rows).reshape(-1, 3).T
         return seqs, columns, blocks

@@ -71,14 +71,19 @@ class CommonParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ignore_eos: Annotated[bool, Meta(description="Go on after the model's own end tokens")] = False
     include_stop_str_in_output: Annotated[bool, Meta(description="Keep the stop text in the output")] = False
     skip_special_tokens: Annotated[bool, Meta(description="Leave special tokens out of the text")] = True
-    repetition_penalty: Annotated[float, Meta(gt=0, description="Logits of prompt and output tokens: divided if positive, else multiplied")] = 1.0
+    repetition_penalty: Annotated[
+        float, Meta(gt=0, description="Logits of prompt and output tokens: divided if positive, else multiplied")
+    ] = 1.0
     frequency_penalty: Annotated[Penalty, Meta(description="Subtracted once per occurrence in the output")] = 0.0
     presence_penalty: Annotated[Penalty, Meta(description="Subtracted from every token that occurs in the output")] = 0.0
     no_repeat_ngram_size: Annotated[int, Meta(ge=0, description="No n-gram of this size occurs twice; 0: off")] = 0
     logit_bias: Annotated[dict[TokenId, float], Meta(description="Added to the logits of these token ids")] | None = None
     bad_words: Annotated[list[StopString], Meta(description="Texts whose token sequences are never completed")] = []
     allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, description="Every other token is banned")] | None = None
-    logprobs: Annotated[int, Meta(ge=-1, description="Top log-probs per token; 0: the chosen token's only; -1: the whole vocabulary")] | None = None
+    logprobs: (
+        Annotated[int, Meta(ge=-1, description="Top log-probs per token; 0: the chosen token's only; -1: the whole vocabulary")]
+        | None
+    ) = None
 
     def __post_init__(self) -> None:
         cls = type(self)
@@ -93,7 +98,9 @@ class CommonParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ParameterError(f"min_tokens={self.min_tokens} is larger than max_tokens={self.max_tokens}")
         for token, bias in (self.logit_bias or {}).items():
             if not math.isfinite(bias):
-                raise ParameterError(f"logit_bias[{token}]={bias} is not finite; to ban a token use allowed_token_ids or bad_words")
+                raise ParameterError(
+                    f"logit_bias[{token}]={bias} is not finite; to ban a token use allowed_token_ids or bad_words"
+                )
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
@@ -150,15 +157,29 @@ class SamplingParams(CommonParams, frozen=True, kw_only=True, tag="sampling"):
     top_k: Annotated[int, Meta(ge=-1, description="Keep the k most probable tokens; 0 or -1: off")] = 0
     top_p: Annotated[Probability, Meta(description="Keep the smallest set of tokens with this mass")] = 1.0
     min_p: Annotated[float, Meta(ge=0, le=1, description="Keep tokens at least this fraction as probable as the best")] = 0.0
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1, description="Makes the draws reproducible; None: derived from the engine's seed and the request id")] | None = None
-    logprobs_mode: Annotated[Literal["raw", "processed"], Meta(description="Log-probs before or after the logits pipeline")] = "raw"
+    seed: (
+        Annotated[
+            int,
+            Meta(
+                ge=0,
+                le=2**63 - 1,
+                description="Makes the draws reproducible; None: derived from the engine's seed and the request id",
+            ),
+        ]
+        | None
+    ) = None
+    logprobs_mode: Annotated[Literal["raw", "processed"], Meta(description="Log-probs before or after the logits pipeline")] = (
+        "raw"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.best_of is not None and self.best_of < self.n:
             raise ParameterError(f"best_of={self.best_of} is smaller than n={self.n}")
         if self.greedy and self.width > 1:
-            raise ParameterError(f"temperature=0 is greedy: all {self.width} outputs would be the same; use n=1, or a temperature above 0")
+            raise ParameterError(
+                f"temperature=0 is greedy: all {self.width} outputs would be the same; use n=1, or a temperature above 0"
+            )
         if self.rank_by is not None and self.best_of is None:
             raise ParameterError("rank_by ranks the candidates of best_of, which is not given")
 

@@ -42,13 +42,13 @@ class Entries:
 
     def add(self, ids: Ids) -> tuple[int, int]:
         begin = self.size
-        self.size += len(ids)
-        if isinstance(ids, np.ndarray):
+        end = self.size = begin + len(ids)
+        if type(ids) is np.ndarray:
             self._arrays += [ints(self._list), ids]
             self._list = []
         else:
-            self._list.extend(ids)
-        return begin, self.size
+            self._list += ids
+        return begin, end
 
     def array(self) -> Ints:
         return np.concatenate([*self._arrays, ints(self._list)])
@@ -81,7 +81,11 @@ class ProbeTable:
         found = []
         for kind, index in self._order.items():
             at, seqs, reads = self._at[index].array(), self._seqs[index].array(), self._reads[index]
-            extra: dict[str, Any] = {name: _joined(reads, name) for name in ("groups", "keep", "bias", "similarity", "mask")} if kind is not Kind.SAMPLE else {}
+            extra: dict[str, Any] = (
+                {name: _joined(reads, name) for name in ("groups", "keep", "bias", "similarity", "mask")}
+                if kind is not Kind.SAMPLE
+                else {}
+            )
             n = max(read.n for read in reads)
             found.append(Probe(kind, offset[table.row[at] + 1] - 1, table.slot[seqs], n, **extra))
         return found

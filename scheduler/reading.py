@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .plan import Reads
+from .group import Group
+from .plan import Ints, Longs, Reads
+from .planning import Segment
 from .strategies.base import Samples
 
 _FIELDS = ("token", "logp", "rank", "top_id", "top_logp", "top_p", "parent", "score", "sim")
 _WIDE = ("top_id", "top_logp", "top_p")
+
+
+class Flight(NamedTuple):
+    """What a submitted plan computes, to be confirmed by its result."""
+
+    step: int
+    seqs: Ints  # whose KV it writes
+    ends: Ints
+    births: Longs
+    eras: Longs
+    read: Ints  # sequences of all segments
+    read_births: Longs
+    segments: list[Segment]
+    groups: list[Group]
 
 
 class Reading:
@@ -19,7 +35,7 @@ class Reading:
 
     def __init__(self, reads: list[Reads]) -> None:
         self._reads = reads
-        self._any_bad = [bool(read.bad.any()) for read in reads]
+        self.any_bad = any(bool(read.bad.any()) for read in reads)
         self._samples: dict[int, Samples] = {}
         for index, read in enumerate(reads):
             if read.token is not None:
@@ -28,7 +44,7 @@ class Reading:
 
     def bad(self, parts: list[tuple[int, int, int, int]]) -> bool:
         """Whether any of the parts met NaN or nothing but -inf."""
-        return any(self._any_bad[probe] and bool(self._reads[probe].bad[begin:end].any()) for probe, begin, end, _ in parts)
+        return any(bool(self._reads[probe].bad[begin:end].any()) for probe, begin, end, _ in parts)
 
     def of(self, parts: list[tuple[int, int, int, int]], keep: list[int] | None = None) -> list[Any]:
         """One item per part, Samples or Reads; `keep` are the positions of entries that still count."""

@@ -16,7 +16,7 @@ import msgspec
 
 from ..errors import ParameterError
 from ..params import CommonParams
-from ..plan import Bools, Floats, Ints, Kind, Reads
+from ..plan import Bools, Floats, Ints, Kind
 from ..request import Request
 
 if TYPE_CHECKING:
@@ -197,7 +197,3 @@ def make(request: Request) -> Strategy:
         known = ", ".join(sorted(kind.__name__ for kind in _STRATEGIES))
         raise ParameterError(f"no strategy for {type(request.params).__name__}; there are {known}")
     return _STRATEGIES[type(request.params)](request)
-
-
-__all__ = ["Ask", "Base", "Drop", "Edit", "Emit", "Finish", "Footprint", "Grow", "Ids", "Read", "Reads", "Samples", "Strategy", "Top",
-           "ending", "make", "register"]  # fmt: skip

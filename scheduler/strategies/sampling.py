@@ -13,7 +13,6 @@ from ..plan import Kind
 from ..request import Request
 from .base import Base, Drop, Edit, Emit, Finish, Footprint, Grow, Ids, Read, Samples, Top, ending, register
 
-
 _NO_IDS = np.empty(0, np.int32)
 _NO_LOGPS = np.empty(0, np.float32)
 
@@ -55,6 +54,7 @@ class Sampling(Base):
         self._width = self._params.width
         self._ranked = self._params.best_of is not None
         self._index: dict[int, int] = {}
+        self._reads: list[Read] = []  # of the last probe: with one sequence the next is the same
         self._outputs = [_Output() for _ in range(self._width)]
         self._delivered = 0  # ranked only: tokens that all candidates agree on were streamed already
         self._top_n = self._params.logprobs or 0
@@ -67,15 +67,21 @@ class Sampling(Base):
 
     def probe(self, group: Group, seqs: Ids) -> list[Read]:
         """One draw per sequence; before the first, one per candidate from the prompt's last row."""
+        if self._reads and seqs == self._reads[0].at:
+            return self._reads
         if self._index:
             reads = [Read(Kind.SAMPLE, seqs)]
         else:
             root = int(seqs[0])
-            candidates = [root, *group.fresh(self._width - 1)]
+            candidates = [root, *group.fresh(self._width - 1)] if self._width > 1 else [root]
             self._index = {seq: index for index, seq in enumerate(candidates)}
-            reads = [Read(Kind.SAMPLE, [root] * self._width, candidates, range(self._width))]
+            forking = self._width > 1
+            reads = [
+                Read(Kind.SAMPLE, [root] * self._width, candidates if forking else None, range(self._width) if forking else None)
+            ]
         if self._top_n:
             reads.append(Read(Kind.TOPN, reads[0].at, reads[0].seqs, reads[0].stream, self._top_n))
+        self._reads = reads if self._width == 1 else []
         return reads
 
     def advance(self, group: Group, seqs: Ids, reads: list[Any]) -> list[Edit]:
@@ -86,8 +92,8 @@ class Sampling(Base):
         tokens: list[int] = []
         ended: list[int] = []
         rules = group.request.rules
-        for i, seq in enumerate(seqs):
-            seq, token, logp, hit = int(seq), drawn.token[i], drawn.logp[i], None
+        for i in range(len(seqs)):
+            seq, token, logp, hit = int(seqs[i]), drawn.token[i], drawn.logp[i], None
             index = self._index[seq]
             output = self._outputs[index]
             output.tokens.append(token)

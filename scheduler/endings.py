@@ -1,0 +1,53 @@
+"""The typed errors with which single requests end while everyone else goes on."""
+
+from __future__ import annotations
+
+from .errors import InvalidRequestError, KVExhaustedError, NumericError, PageforkError, StepFailedError
+from .group import Group
+
+
+def strategy_failed(group: Group, error: Exception) -> PageforkError:
+    """Its strategy, or a callable of the user's that the strategy called, raised."""
+    if isinstance(error, PageforkError):
+        return error
+    name = type(group.strategy).__name__
+    return _caused(StepFailedError(f"{name} failed for request {group.request.id!r}: {type(error).__name__}: {error}"), error)
+
+
+def step_failed(group: Group, error: BaseException) -> PageforkError:
+    """The runner raised in a step that computed rows of this request."""
+    text = f"the step that computed request {group.request.id!r} failed: {type(error).__name__}: {error}"
+    return _caused(StepFailedError(text), error)
+
+
+def numeric(group: Group) -> PageforkError:
+    """The model gave no usable logits."""
+    return NumericError(f"the model returned NaN, or nothing but -inf, for a row of request {group.request.id!r}")
+
+
+def exhausted(group: Group, num_blocks: int, block_size: int) -> PageforkError:
+    """The whole cache was too small."""
+    return KVExhaustedError(
+        f"request {group.request.id!r} filled the whole cache ({num_blocks} blocks of {block_size} tokens) and could not go on: "
+        "raise num_blocks or kv_cache_memory, or lower n, best_of, the width or max_tokens"
+    )
+
+
+def too_wide(width: int, allowed: int, setting: str) -> InvalidRequestError:
+    """More sequences at once than can ever run."""
+    return InvalidRequestError(
+        f"{width} sequences at once were asked for; {setting} allows {allowed}: lower n, best_of or the width, or raise it"
+    )
+
+
+def too_large(prompt: int, width: int, blocks: int, num_blocks: int, block_size: int) -> InvalidRequestError:
+    """A prompt that the whole cache can't hold."""
+    return InvalidRequestError(
+        f"a prompt of {prompt} tokens with {width} sequences needs {blocks} cache blocks of {block_size} tokens; "
+        f"the cache has {num_blocks}: raise num_blocks or kv_cache_memory, or shorten the prompt"
+    )
+
+
+def _caused(error: PageforkError, cause: BaseException) -> PageforkError:
+    error.__cause__ = cause
+    return error

@@ -1,0 +1,210 @@
+"""Which groups are in the cache: starting them, choosing their rows, making room, giving their place to others."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .errors import BlockAccountingError
+from .group import Group, State
+from .kv_manager import KVManager, Needs
+from .plan import ints
+from .planning import Chosen
+from .policy import WaitingQueue
+from .sequences import NO_CAP
+from .slots import Slots
+
+
+class Residents:
+    """Groups that wait, and groups that run: the latter hold slots and blocks.
+
+    `max_num_seqs` slots; `budget` tokens are computed in a step, of which a floor is kept for prompts, so that
+    one row for every running sequence always fits.
+    """
+
+    def __init__(self, kv: KVManager, max_num_seqs: int, budget: int) -> None:
+        self.kv = kv
+        self.slots = Slots(max_num_seqs, kv.table)
+        self.waiting = WaitingQueue()
+        self.running: dict[int, Group] = {}
+        self.exhausted: list[Group] = []  # removed because even the whole cache was too small
+        self.preemptions = self.prefix_queries = self.prefix_hits = 0
+        prefill_floor = min(kv.block_size, max(1, budget // 4))
+        self.max_width = min(max_num_seqs, budget - prefill_floor)
+        self._max_num_seqs = max_num_seqs
+        self._budget = budget
+        self._watermark = kv.pool.num_blocks // 100
+        self._widths = 0
+        self._leads: dict[int, int] = {}  # resuming group: the sequence that computes its common prefix
+
+    def choose(self) -> tuple[Chosen, Needs]:
+        """The rows of the next step and the blocks they need, which are free."""
+        before = self.preemptions
+        chosen, needs = self._fit()
+        if self.preemptions == before and self._admit(chosen, needs):
+            chosen, needs = self._fit()
+        return chosen, needs
+
+    def _runnable(self) -> Chosen:
+        """Rows of running sequences within the token budget: one-token rows by group, then chunks in order."""
+        table = self.kv.table
+        target = np.minimum(table.known + table.pending, table.cap)
+        ready = table.run & (table.slot >= 0) & (table.scheduled < target)
+        ready &= (table.pending == 0) | (table.pipelined & (table.known + table.pending < table.limit))
+        seqs = np.flatnonzero(ready).astype(np.int32)
+        start, end = table.scheduled[seqs], target[seqs]
+        single = end - start == 1
+        short, long = np.flatnonzero(single), np.flatnonzero(~single)
+        short = short[np.argsort(table.group[seqs[short]], kind="stable")]
+        budget = self._budget - len(short)
+        if len(long):
+            orders = [self.running[int(number)].order for number in table.group[seqs[long]]]
+            long = long[sorted(range(len(long)), key=orders.__getitem__)]
+            take = np.minimum(
+                end[long] - start[long], np.maximum(0, budget - np.cumsum(end[long] - start[long]) + end[long] - start[long])
+            )
+            end[long] = start[long] + take
+            long = long[take > 0]
+        return Chosen(seqs, start, end).where(np.concatenate([short, long]))
+
+    def _fit(self) -> tuple[Chosen, Needs]:
+        """Make room for the rows: shed parked blocks, then preempt the youngest groups, until the rest fits."""
+        while True:
+            chosen = self._runnable()
+            needs = self.kv.needs(*chosen)
+            if needs.total <= self.kv.pool.free:
+                return chosen, needs
+            youngest = max(self.running.values(), key=lambda group: group.order)
+            if not self._shed(needs.total):
+                if len(self.running) == 1:
+                    self.remove(youngest)
+                    self.exhausted.append(youngest)
+                else:
+                    self._preempt(youngest)
+
+    def _shed(self, wanted: int) -> bool:
+        """Evict parked sequences, youngest group first, until `wanted` blocks are free; whether any went."""
+        before = self.kv.pool.free
+        for group in sorted(self.running.values(), key=lambda group: group.order, reverse=True):
+            for seq in group.strategy.shed(group):
+                if self.kv.pool.free >= wanted:
+                    return True
+                self.kv.evict(group, ints([seq]))
+        return self.kv.pool.free > before
+
+    def _preempt(self, group: Group) -> None:
+        """Give all blocks and slots of a group back; it waits at its old place and is recomputed from its tokens."""
+        seqs = self.kv.table.of(group.number)
+        self.kv.evict_all(group)
+        self.slots.close(seqs)
+        self.kv.table.cap[seqs] = 0
+        self._leads.pop(group.number, None)
+        group.state = State.WAITING
+        group.preemptions += 1
+        self.preemptions += 1
+        del self.running[group.number]
+        self._widths -= group.width
+        self.waiting.push(group)
+
+    def _admit(self, chosen: Chosen, needs: Needs) -> bool:
+        """Start waiting groups with what the running ones leave of tokens, slots and blocks; whether any did."""
+        budget = self._budget - int((chosen.end - chosen.start).sum())
+        if not len(self.waiting) or budget <= 0:
+            return False
+        table, size = self.kv.table, self.kv.block_size
+        # Running prompts will need blocks for the rest of their tokens too.
+        running = np.flatnonzero(table.run & (table.slot >= 0) & (table.known > table.scheduled))
+        rest = -(-table.known[running] // size) - table.trunk[running] - table.cols[running]
+        reserved = max(needs.total, int(rest.clip(0).sum())) + self._watermark
+
+        def fits(group: Group) -> bool:
+            nonlocal budget, reserved
+            if budget <= 0 or group.flights or self._widths + group.width > self.max_width:
+                return False
+            tokens, shared = self._lengths(group)
+            hits = self.kv.take_prefix(group, group.prefix(shared), shared // size)
+            room = -(-tokens // size) - hits + group.width
+            if self.running and self.kv.pool.free < reserved + room:
+                self.kv.drop_prefix(group)
+                return False
+            reserved += room
+            budget -= tokens - hits * size
+            self._start(group, tokens, shared)
+            return True
+
+        return bool(self.waiting.admit(fits))
+
+    def _lengths(self, group: Group) -> tuple[int, int]:
+        """Tokens of the group's longest sequence, and how many whole blocks of tokens all its sequences can share."""
+        longest = shortest = common = len(group.request.prompt)
+        if group.live:
+            table = self.kv.table
+            seqs = table.of(group.number)
+            longest, shortest = int(table.known[seqs].max()), int(table.known[seqs].min())
+            common = group.common_length(seqs)
+        return longest, min(common, shortest - 1) // self.kv.block_size * self.kv.block_size
+
+    def _start(self, group: Group, tokens: int, shared: int) -> None:
+        """Give a group its slots. Where several sequences resume, the first computes what they share for all."""
+        table = self.kv.table
+        hit = len(group.trunk) * self.kv.block_size
+        self.prefix_queries += tokens
+        self.prefix_hits += hit
+        if not group.live:
+            group.cached_tokens = hit
+            group.root()
+        group.state = State.RUNNING
+        self.running[group.number] = group
+        self._widths += group.width
+        seqs = table.of(group.number)
+        self.kv.rest_on_trunk(group, seqs)
+        running = seqs[table.run[seqs]].tolist()
+        if len(seqs) == 1 or hit == shared:
+            table.cap[seqs] = NO_CAP
+            self.slots.open(running)
+        else:
+            self._leads[group.number] = running[0]
+            table.cap[seqs] = 0
+            table.cap[running[0]] = shared
+            self.slots.open(running[:1])
+
+    def follow(self) -> None:
+        """Let resumed groups go on whose lead has computed the common prefix."""
+        table = self.kv.table
+        for number, lead in list(self._leads.items()):
+            if table.computed[lead] >= table.cap[lead]:
+                del self._leads[number]
+                self._follow(self.running[number], lead)
+
+    def _follow(self, group: Group, lead: int) -> None:
+        """The lead has computed the common prefix: all sequences of the resumed group go on from it."""
+        table = self.kv.table
+        seqs = table.of(group.number)
+        group.trunk.extend(table.tail[lead, : table.cols[lead]].tolist())
+        self.kv.rest_on_trunk(group, seqs)
+        table.cap[seqs] = NO_CAP
+        self.slots.open(seqs[table.run[seqs] & (seqs != lead)].tolist())
+
+    def remove(self, group: Group) -> None:
+        """Give back everything a group holds; it is over."""
+        if group.state is State.RUNNING:
+            del self.running[group.number]
+            self._widths -= group.width
+        else:
+            self.waiting.discard()
+        self._leads.pop(group.number, None)
+        seqs = self.kv.table.of(group.number)
+        self.slots.close(seqs)
+        self.kv.drop_prefix(group)
+        self.kv.drop(seqs)
+        group.live = 0
+        group.state = State.ENDED
+
+    def check(self) -> None:
+        """Raise BlockAccountingError when references, free blocks or slots contradict the live sequences."""
+        self.kv.check(list(self.running.values()))
+        table = self.kv.table
+        slots = table.slot[table.alive & (table.slot >= 0)]
+        if len(np.unique(slots)) != len(slots) or len(slots) + self.slots.free != self._max_num_seqs:
+            raise BlockAccountingError(f"{len(slots)} slots in use and {self.slots.free} free, of {self._max_num_seqs}")
+        if self._widths != sum(group.width for group in self.running.values()):
+            raise BlockAccountingError(f"widths of running groups add up differently from {self._widths}")
