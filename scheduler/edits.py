@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 
 from .errors import PageforkError
-from .group import Group
+from .group import Group, State
 from .kv_manager import KVManager
 from .plan import Ints, ints
 from .slots import Slots
@@ -100,7 +100,8 @@ class Editor:
                 group.text.pop(seq, None)
             self._kv.drop(dropped)
             group.live -= len(dropped)
-        for slots, dst in sources:
+        # A group that was preempted with a read in flight gets its slots when it is back.
+        for slots, dst in sources if group.state is State.RUNNING else ():
             self._slots.fork(slots, dst.tolist())
 
 

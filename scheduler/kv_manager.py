@@ -141,10 +141,12 @@ class KVManager:
         self.pool.retain(self.table.blocks(dst))
         if self.replaced:
             births = self.table.birth
-            children = [
-                (d, column, block) for s, d in zip(src, dst, strict=True) for seq, _, column, block in self.replaced if seq == s
-            ]
-            self.replaced += [(int(d), int(births[d]), column, block) for d, column, block in children]
+            by_birth: dict[int, list[tuple[int, int]]] = {}
+            for _, birth, column, block in self.replaced:
+                by_birth.setdefault(birth, []).append((column, block))
+            for source, child in zip(src.tolist(), dst.tolist(), strict=True):
+                entries = by_birth.get(int(births[source]), ())
+                self.replaced += [(child, int(births[child]), column, block) for column, block in entries]
 
     def take_replaced(self) -> tuple[Ints, Ints, Ints]:
         """Sequences, columns and blocks of replaced table entries since the last call, of those that have a slot."""

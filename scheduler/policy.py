@@ -32,21 +32,24 @@ class WaitingQueue:
         """A waiting group ended; its entry is skipped when it comes up."""
         self._size -= 1
 
-    def admit(self, fits: Callable[[Group], bool]) -> list[Group]:
-        """Take out the groups that fit, in order, passing a few that don't, each a limited number of times."""
+    def admit(self, fits: Callable[[Group], bool | None]) -> list[Group]:
+        """Take out the groups that fit, in order, passing a few that don't, each a limited number of times.
+
+        `fits` returns None for a group that isn't ready, through no lack of room: it holds nobody up.
+        """
         admitted: list[Group] = []
         passed: list[Group] = []
+        unready: list[Group] = []
         while self._heap and len(passed) < LOOK_AHEAD and not (passed and passed[0].bypassed >= MAX_BYPASSES):
             group = heapq.heappop(self._heap)[2]
             if group.state is not State.WAITING:
                 continue
             self._size -= 1
-            if fits(group):
-                admitted.append(group)
+            fit = fits(group)
+            (unready if fit is None else admitted if fit else passed).append(group)
+            if fit:
                 for other in passed:
                     other.bypassed += 1
-            else:
-                passed.append(group)
-        for group in passed:
+        for group in passed + unready:
             self.push(group)
         return admitted

@@ -116,9 +116,11 @@ class Residents:
         rest = -(-table.known[running] // size) - table.trunk[running] - table.cols[running]
         reserved = max(needs.total, int(rest.clip(0).sum())) + self._watermark
 
-        def fits(group: Group) -> bool:
+        def fits(group: Group) -> bool | None:
             nonlocal budget, reserved
-            if budget <= 0 or group.flights or self._widths + group.width > self.max_width:
+            if group.flights or (group.live and not table.run[table.of(group.number)].any()):
+                return None  # reads or values that it waits for are still out
+            if budget <= 0 or self._widths + group.width > self.max_width:
                 return False
             tokens, shared = self._lengths(group)
             hits = self.kv.take_prefix(group, group.prefix(shared), shared // size)

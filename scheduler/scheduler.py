@@ -247,17 +247,14 @@ class Scheduler:
             update.error = endings.strategy_failed(group, error)
 
     def _park(self, read: Ints) -> None:
-        """Sequences with nothing to compute keep their blocks and give up their slots."""
+        """Sequences that were read and not grown keep their blocks and give up their slots."""
         table = self.kv.table
-        idle = read[
-            table.alive[read]
-            & (table.slot[read] >= 0)
-            & (table.known[read] == table.scheduled[read])
-            & (table.pending[read] == 0)
-        ]
+        idle = read[table.alive[read] & (table.known[read] == table.probed[read]) & (table.pending[read] == 0)]
         if len(idle):
-            waiting = [bool(self._groups[int(number)].held) for number in table.group[idle]]
-            self.residents.slots.close(np.unique(idle[~np.array(waiting)]))
+            partial = np.array([bool(self._groups[int(number)].held) for number in table.group[idle]])
+            idle = np.unique(idle[~partial])
+            table.run[idle] = False
+            self.residents.slots.close(idle)
 
     def _close(self, touched: list[tuple[Group, Update]]) -> list[Update]:
         """End the groups that are over; fail those that have nothing left to compute and are not."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import msgspec
@@ -187,12 +188,17 @@ def register(strategy: Any) -> Any:
     return strategy
 
 
+@cache
+def _discover() -> None:
+    """Import every module beside this one, so that each registers its own."""
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{__package__}.{module.name}")
+
+
 def make(request: Request) -> Strategy:
-    """The strategy for a request's parameters. Every module beside this one is imported to register its own."""
-    if not _STRATEGIES:
-        package = importlib.import_module(__package__)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{__package__}.{module.name}")
+    """The strategy for a request's parameters. Raises ParameterError when there is none."""
+    _discover()
     if type(request.params) not in _STRATEGIES:
         known = ", ".join(sorted(kind.__name__ for kind in _STRATEGIES))
         raise ParameterError(f"no strategy for {type(request.params).__name__}; there are {known}")

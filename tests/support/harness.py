@@ -1,0 +1,135 @@
+"""A scheduler driven against the oracle runner; what it delivers is compared with what it must."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from support.oracle import OracleRunner, continuation
+from support.toys import BeamToyParams, LookToyParams, beam_reference, look_reference, value
+
+from pagefork.scheduler.edits import Update
+from pagefork.scheduler.errors import PageforkError
+from pagefork.scheduler.params import CommonParams, SamplingParams
+from pagefork.scheduler.plan import Spec
+from pagefork.scheduler.request import Request
+from pagefork.scheduler.scheduler import Scheduler
+from pagefork.scheduler.strategies.base import Emit
+
+
+@dataclass
+class Tracked:
+    """A request and what came of it."""
+
+    expected: list[list[int]]
+    tokens: list[list[int]]
+    reasons: dict[int, str] = field(default_factory=dict)
+    scores: dict[int, float | None] = field(default_factory=dict)
+    done: bool = False
+    error: PageforkError | None = None
+
+
+class Harness:
+    """Requests go in with add(); step() plans, computes and, once `lag` plans are out, applies the oldest."""
+
+    def __init__(self, num_blocks: int = 40, block_size: int = 4, slots: int = 12, budget: int = 24, **settings: Any) -> None:
+        self.lag = settings.get("lag", 0)
+        self.scheduler = Scheduler(num_blocks, block_size, slots, budget, **settings)
+        self.runner = OracleRunner(num_blocks, block_size, slots, budget=budget)
+        self.requests: dict[str, Tracked] = {}
+        self.asks: list[str] = []
+        self.answer_at_once = True
+
+    def add(self, prompt: list[int], params: CommonParams, stops: frozenset[int] = frozenset(), **options: Any) -> str:
+        name = str(len(self.requests))
+        count = params.max_tokens or 1
+        spec = Spec(
+            prompt_len=len(prompt),
+            seed=int(name),
+            temperature=getattr(params, "temperature", 0.0),
+            frequency_penalty=params.frequency_penalty,
+        )
+        request = Request(
+            name, np.array(prompt, np.int32), params, spec, len(prompt) + count, end_ids=stops, model_end_ids=stops, **options
+        )
+        outputs = self.scheduler.add(request)
+        match params:
+            case SamplingParams():
+                expected = [continuation(prompt, spec, stream, count, stops) for stream in range(params.width)]
+            case BeamToyParams():
+                expected = beam_reference(prompt, spec, params.width, count)
+            case LookToyParams():
+                expected = [look_reference(prompt, spec, params.branch, count)]
+            case _:
+                expected = []
+        self.requests[name] = Tracked(expected, [[] for _ in range(outputs)])
+        return name
+
+    def step(self) -> bool:
+        """One step, then every check; whether anything was planned or applied."""
+        plan = self.scheduler.schedule()
+        self.take(self.scheduler.take_ended())
+        if plan is not None:
+            self.runner.submit(plan)
+        applied = self.scheduler.in_flight > (self.lag if plan is not None else 0)
+        if applied:
+            self.take(self.scheduler.apply(self.runner.collect()))
+        while self.answer_at_once and self.asks:
+            self.answer()
+        self.scheduler.check()
+        return plan is not None or applied
+
+    def answer(self) -> None:
+        """Answer the oldest Ask."""
+        name = self.asks.pop(0)
+        if not self.requests[name].done:
+            strategy: Any = self.scheduler._by_id[name].strategy
+            self.take([self.scheduler.answer(name, [value(tokens) for tokens in strategy.asked_tokens()])])
+
+    def run(self) -> None:
+        """Step until everything has ended; then nothing may be held."""
+        for _ in range(100_000):
+            if not self.scheduler.has_unfinished and not self.scheduler.in_flight:
+                break
+            assert self.step() or self.asks, "nothing was planned although requests are unfinished"
+            while self.asks:
+                self.answer()
+        self.assert_idle()
+
+    def assert_idle(self) -> None:
+        assert self.scheduler.kv.pool.free == self.scheduler.num_blocks - 1
+        assert self.scheduler.residents.slots.free == self.scheduler.max_num_seqs
+        assert len(self.scheduler.kv.table) == 0
+        assert all(tracked.done for tracked in self.requests.values())
+
+    def abort(self, name: str) -> None:
+        update = self.scheduler.abort(name)
+        if update is not None:
+            self.take([update])
+
+    def take(self, updates: list[Update]) -> None:
+        for update in updates:
+            tracked = self.requests[update.request_id]
+            assert not tracked.done, "an update after the terminal one"
+            for event in update.events:
+                assert event.index not in tracked.reasons, "an event of an output that is complete"
+                if isinstance(event, Emit):
+                    tracked.tokens[event.index] += event.tokens
+                else:
+                    tracked.reasons[event.index] = event.reason
+                    tracked.scores[event.index] = event.score
+            self.asks += [update.request_id for _ in update.asks]
+            tracked.done = update.done
+            tracked.error = update.error
+            if update.done:
+                assert sorted(tracked.reasons) == list(range(len(tracked.tokens))), "ended without a terminal for every output"
+
+    def assert_expected(self) -> None:
+        """Every finished request delivered exactly what it must; every aborted one a part of it."""
+        for name, tracked in self.requests.items():
+            if tracked.done and set(tracked.reasons.values()) <= {"stop", "length"}:
+                assert tracked.tokens == tracked.expected[: len(tracked.tokens)], f"request {name} got other tokens than alone"
+            else:
+                for tokens, expected in zip(tracked.tokens, tracked.expected, strict=False):
+                    assert tokens == expected[: len(tokens)], f"request {name} got tokens that are not its own"

@@ -1,0 +1,155 @@
+"""Two small strategies that use what sampling does not: forks of live sequences, generations, parking, Ask.
+
+They also show that a strategy lives in one file: nothing in the scheduler knows them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+from support.oracle import mix, scores
+
+from pagefork.scheduler.group import Group
+from pagefork.scheduler.params import CommonParams
+from pagefork.scheduler.plan import Kind, Spec
+from pagefork.scheduler.request import Request
+from pagefork.scheduler.strategies.base import Ask, Base, Drop, Edit, Emit, Finish, Footprint, Grow, Ids, Read, register
+
+
+class BeamToyParams(CommonParams, frozen=True, kw_only=True):
+    """The `width` best continuations of max_tokens tokens, no end token, no length penalty."""
+
+    width: int = 3
+
+
+@register
+class BeamToy(Base):
+    """Fixed-length beam search: the first child of a beam takes its place, the others fork."""
+
+    params: ClassVar[type[CommonParams]] = BeamToyParams
+
+    def __init__(self, request: Request) -> None:
+        assert isinstance(request.params, BeamToyParams)
+        self.width = request.params.width
+        self.length = request.limit - len(request.prompt)
+        self.beams: list[tuple[float, list[int]]] = [(0.0, [])]
+        self.seqs: list[int] = []
+
+    def footprint(self) -> Footprint:
+        return Footprint(self.width, self.width)
+
+    def probe(self, group: Group, seqs: Ids) -> list[Read]:
+        self.seqs = self.seqs or [int(seqs[0])]
+        return [Read(Kind.TOPN, seqs, n=self.width)]
+
+    def advance(self, group: Group, seqs: Ids, reads: list[Any]) -> list[Edit]:
+        row = {int(seq): i for i, seq in enumerate(seqs)}
+        assert set(row) == set(self.seqs), "advance must see the whole generation"
+        candidates = []
+        for rank, (seq, (score, _)) in enumerate(zip(self.seqs, self.beams, strict=True)):
+            ids, logps = reads[0].top_id[row[seq]], reads[0].top_logp[row[seq]]
+            candidates += [(-(score + float(logp)), rank, int(token)) for token, logp in zip(ids, logps, strict=True)]
+        best = sorted(candidates)[: self.width]
+        beams = [(-score, [*self.beams[rank][1], token]) for score, rank, token in best]
+        if len(beams[0][1]) == self.length:
+            edits: list[Edit] = [Emit(i, tokens, [0.0] * len(tokens)) for i, (_, tokens) in enumerate(beams)]
+            return [*edits, *(Finish(i, "length", score) for i, (score, _) in enumerate(beams)), Drop(self.seqs)]
+        taken: set[int] = set()
+        src, dst = [], []
+        for _, rank, _ in best:
+            src.append(self.seqs[rank])
+            dst.append(group.fresh(1)[0] if src[-1] in taken else src[-1])
+            taken.add(src[-1])
+        lost = [seq for seq in self.seqs if seq not in taken]
+        self.beams, self.seqs = beams, dst
+        return [Grow(src, [token for _, _, token in best], dst), Drop(lost)]
+
+
+def beam_reference(prompt: list[int], spec: Spec, width: int, length: int) -> list[list[int]]:
+    """What BeamToy must return, from the oracle's model alone."""
+    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    for _ in range(length):
+        candidates = []
+        for rank, (score, tokens) in enumerate(beams):
+            values = scores([*prompt, *tokens], spec).astype(np.float32)
+            top = np.argsort(-values, kind="stable")[:width]
+            candidates += [(-(score + float(values[t])), rank, int(t)) for t in top]
+        beams = [(-s, [*beams[rank][1], token]) for s, rank, token in sorted(candidates)[:width]]
+    return [tokens for _, tokens in beams]
+
+
+class LookToyParams(CommonParams, frozen=True, kw_only=True):
+    """Each token is the one of `branch` children that an outside value prefers."""
+
+    branch: int = 3
+
+
+@register
+class LookToy(Base):
+    """Grows children of a parked sequence, asks for their values, keeps the best, which parks in turn."""
+
+    params: ClassVar[type[CommonParams]] = LookToyParams
+
+    def __init__(self, request: Request) -> None:
+        assert isinstance(request.params, LookToyParams)
+        self.branch = request.params.branch
+        self.length = request.limit - len(request.prompt)
+        self.node = -1
+        self.tokens: list[int] = []
+        self.children: dict[int, tuple[int, list[int]]] = {}
+
+    def footprint(self) -> Footprint:
+        return Footprint(self.branch)
+
+    def probe(self, group: Group, seqs: Ids) -> list[Read]:
+        return [Read(Kind.TOPN, seqs, n=self.branch)]
+
+    def advance(self, group: Group, seqs: Ids, reads: list[Any]) -> list[Edit]:
+        tops = {int(seq): reads[0].top_id[i].tolist() for i, seq in enumerate(seqs)}
+        if self.node < 0:
+            self.node = int(seqs[0])
+            return self._expand(group, tops[self.node])
+        self.children = {seq: (self.children[seq][0], top) for seq, top in tops.items()}
+        return [Ask("value", list(self.children))]
+
+    def answer(self, group: Group, values: list[float]) -> list[Edit]:
+        best = list(self.children)[int(np.argmax(values))]
+        token, top = self.children[best]
+        self.tokens.append(token)
+        lost = [self.node, *(seq for seq in self.children if seq != best)]
+        self.node = best
+        edits: list[Edit] = [Drop(lost), Emit(0, [token], [0.0])]
+        if len(self.tokens) == self.length:
+            return [*edits, Finish(0, "length"), Drop([best])]
+        return edits + self._expand(group, top)
+
+    def shed(self, group: Group) -> Ids:
+        return [self.node] if self.node >= 0 and not group.asked else []
+
+    def asked_tokens(self) -> list[list[int]]:
+        """The tokens of each child that the pending Ask is about."""
+        return [[*self.tokens, token] for token, _ in self.children.values()]
+
+    def _expand(self, group: Group, top: list[int]) -> list[Edit]:
+        if len(self.tokens) == self.length - 1:  # children at the limit need no forward
+            self.tokens.append(top[0])
+            return [Emit(0, top[:1], [0.0]), Finish(0, "length"), Drop([self.node])]
+        seqs = group.fresh(len(top))
+        self.children = {seq: (token, []) for seq, token in zip(seqs, top, strict=True)}
+        return [Grow([self.node] * len(top), top, seqs)]
+
+
+def value(tokens: list[int]) -> float:
+    """The outside value of a child."""
+    return mix(7, *tokens) / 2**64
+
+
+def look_reference(prompt: list[int], spec: Spec, branch: int, length: int) -> list[int]:
+    """What LookToy must return, from the oracle's model alone."""
+    tokens: list[int] = []
+    while len(tokens) < length:
+        top = np.argsort(-scores([*prompt, *tokens], spec), kind="stable")[:branch].tolist()
+        best = top[0] if len(tokens) == length - 1 else top[int(np.argmax([value([*tokens, t]) for t in top]))]
+        tokens.append(best)
+    return tokens
