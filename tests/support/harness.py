@@ -67,9 +67,10 @@ class Harness:
         return name
 
     def step(self) -> bool:
-        """One step, then every check; whether anything was planned or applied."""
+        """One step, then every check; whether anything was planned, applied or ended."""
         plan = self.scheduler.schedule()
-        self.take(self.scheduler.take_ended())
+        ended = self.scheduler.take_ended()
+        self.take(ended)
         if plan is not None:
             self.runner.submit(plan)
         applied = self.scheduler.in_flight > (self.lag if plan is not None else 0)
@@ -78,7 +79,7 @@ class Harness:
         while self.answer_at_once and self.asks:
             self.answer()
         self.scheduler.check()
-        return plan is not None or applied
+        return plan is not None or applied or bool(ended)
 
     def answer(self) -> None:
         """Answer the oldest Ask."""

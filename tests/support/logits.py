@@ -77,14 +77,13 @@ def kept(x: Row, spec: dict[str, Any]) -> Kept:
     if 0 < k < len(x):
         mask &= x >= np.sort(x)[-k]
     if p < 1:
-        values = np.unique(x[mask])[::-1]
-        mass = np.cumsum([weight[mask & (x == value)].sum() for value in values]) if len(values) < len(x[mask]) else None
-        if mass is None:
-            mass = np.cumsum(weight[mask][np.argsort(-x[mask], kind="stable")])
-        mass = mass / mass[-1]
-        last = min(int(np.searchsorted(mass, p)), len(values) - 1)
+        order = np.argsort(-x[mask], kind="stable")
+        values = x[mask][order]
+        ends = np.flatnonzero(np.diff(values, append=-np.inf))  # of the runs of ties
+        mass = np.cumsum(weight[mask][order])[ends]
+        mass /= mass[-1]
         margin = float(np.abs(mass - p).min())
-        mask &= x >= values[last]
+        mask &= x >= values[ends[np.searchsorted(mass, p)]]
     mask &= weight >= min_p
     return Kept(mask, weight * mask / (weight * mask).sum(), margin)
 
