@@ -1,0 +1,84 @@
+"""Parameters are checked when they are made, with errors that name what was given and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+
+from pagefork.scheduler.errors import PageforkError, ParameterError
+from pagefork.scheduler.params import PRESETS, SamplingParams
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"temperature": math.nan}, "temperature=nan is not a finite number"),
+    ({"temperature": -0.1}, "temperature=-0.1 is refused"),
+    ({"temperature": "hot"}, "temperature='hot' is refused: Expected `float`"),
+    ({"max_tokens": 0}, "max_tokens=0 is refused: Expected `int` >= 1"),
+    ({"max_tokens": True}, "max_tokens=True is refused: Expected `int . null`, got `bool`"),
+    ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5 is larger than max_tokens=4"),
+    ({"top_p": 0}, "top_p=0 is refused"),
+    ({"top_p": 1.01}, "top_p=1.01 is refused"),
+    ({"top_k": -2}, "top_k=-2 is refused"),
+    ({"min_p": -0.5}, "min_p=-0.5 is refused"),
+    ({"repetition_penalty": 0}, "repetition_penalty=0 is refused"),
+    ({"frequency_penalty": 2.5}, "frequency_penalty=2.5 is refused"),
+    ({"presence_penalty": math.inf}, "presence_penalty=inf is not a finite number"),
+    ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size=-1"),
+    ({"stop": [""]}, "stop="),
+    ({"stop": 3}, "stop=3 is refused"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids="),
+    ({"logit_bias": {1: math.nan}}, r"logit_bias\[1\]=nan is not finite"),
+    ({"allowed_token_ids": []}, "allowed_token_ids="),
+    ({"logprobs": -2}, "logprobs=-2"),
+    ({"n": 0}, "n=0 is refused"),
+    ({"n": 3, "best_of": 2}, "best_of=2 is smaller than n=3"),
+    ({"n": 2, "temperature": 0}, "temperature=0 is greedy"),
+    ({"rank_by": len}, "rank_by ranks the candidates of best_of"),
+    ({"rank_by": 3, "best_of": 2}, "rank_by=3 is not callable"),
+    ({"seed": -1}, "seed=-1"),
+    ({"logprobs_mode": "cooked"}, "logprobs_mode='cooked'"),
+    ({"num_beams": 4}, r"no parameter 'num_beams'; here it is called BeamSearchParams"),
+    ({"max_new_tokens": 4}, "no parameter 'max_new_tokens'; here it is called max_tokens"),
+    ({"num_return_sequences": 4}, "here it is called n"),
+    ({"tempreature": 1}, "no parameter 'tempreature'; it has max_tokens"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED, ids=[str(fields) for fields, _ in REFUSED])
+def test_what_can_not_be_honoured_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParameterError, match=message) as caught:
+        SamplingParams(**fields)
+    assert isinstance(caught.value, ValueError) and isinstance(caught.value, PageforkError)
+
+
+def test_decoding_checks_what_construction_checks() -> None:
+    assert msgspec.json.decode(b'{"type": "sampling", "top_k": 5}', type=SamplingParams).top_k == 5
+    for body in (b'{"type": "sampling", "top_k": -5}', b'{"type": "sampling", "top_q": 1}', b'{"type": "sampling", "n": 2, "temperature": 0}'):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.json.decode(body, type=SamplingParams)
+
+
+def test_presets_exist_and_overrides_win() -> None:
+    for name, values in PRESETS.items():
+        preset = SamplingParams.preset(name)
+        assert {field: getattr(preset, field) for field in values} == values
+    assert SamplingParams.preset("chat", temperature=0.1).temperature == 0.1
+    with pytest.raises(ParameterError, match=r"no preset 'codes'; there are code, factual"):
+        SamplingParams.preset("codes")
+
+
+def test_a_changed_copy_is_checked_again() -> None:
+    assert SamplingParams(top_k=3).replace(top_k=4).top_k == 4
+    with pytest.raises(ParameterError, match="top_p=2"):
+        SamplingParams().replace(top_p=2)
+
+
+def test_one_stop_text_may_be_given_bare() -> None:
+    assert SamplingParams(stop="end").stop == ["end"]
+
+
+def test_positional_values_are_refused() -> None:
+    with pytest.raises(ParameterError, match="name every parameter"):
+        SamplingParams(0.5)  # type: ignore[misc]
