@@ -24,7 +24,11 @@ class _ConfigMeta(msgspec.StructMeta):
     def __call__(cls, *args: Any, **fields: Any) -> Any:
         for name in fields:
             if name not in cls.__struct_fields__:
-                known = f"here it is called {FOREIGN_NAMES[name]}" if name in FOREIGN_NAMES else f"it has {', '.join(cls.__struct_fields__)}"
+                known = (
+                    f"here it is called {FOREIGN_NAMES[name]}"
+                    if name in FOREIGN_NAMES
+                    else f"it has {', '.join(cls.__struct_fields__)}"
+                )
                 raise ConfigError(f"EngineConfig has no setting {name!r}; {known}")
         try:
             return super().__call__(*args, **fields)
@@ -42,7 +46,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_model_len: Annotated[Positive, Meta(description="Prompt plus output tokens of one sequence; None: what the model and the cache allow")] | None = None
+    max_model_len: (
+        Annotated[
+            Positive, Meta(description="Prompt plus output tokens of one sequence; None: what the model and the cache allow")
+        ]
+        | None
+    ) = None
     block_size: Annotated[int, Meta(ge=1, le=256, description="Tokens per cache block")] = 16
     num_blocks: Annotated[int, Meta(ge=2, description="Cache blocks; wins over kv_cache_memory")] | None = None
     kv_cache_memory: Annotated[Positive, Meta(description="Bytes for the cache; None: from free memory")] | None = None

@@ -1,0 +1,67 @@
+"""Pagefork: an LLM serving engine whose sequences fork.
+
+Importing it is cheap: torch is imported with the first name that needs it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pagefork.config import EngineConfig as EngineConfig
+    from pagefork.core import LLMEngine as LLMEngine
+    from pagefork.llm import LLM as LLM
+    from pagefork.outputs import CompletionOutput as CompletionOutput
+    from pagefork.outputs import EngineStats as EngineStats
+    from pagefork.outputs import Logprob as Logprob
+    from pagefork.outputs import RequestMetrics as RequestMetrics
+    from pagefork.outputs import RequestOutput as RequestOutput
+    from pagefork.scheduler.errors import BlockAccountingError as BlockAccountingError
+    from pagefork.scheduler.errors import ConfigError as ConfigError
+    from pagefork.scheduler.errors import EngineMisuseError as EngineMisuseError
+    from pagefork.scheduler.errors import InvalidRequestError as InvalidRequestError
+    from pagefork.scheduler.errors import KVExhaustedError as KVExhaustedError
+    from pagefork.scheduler.errors import ModelError as ModelError
+    from pagefork.scheduler.errors import NumericError as NumericError
+    from pagefork.scheduler.errors import PageforkError as PageforkError
+    from pagefork.scheduler.errors import ParameterError as ParameterError
+    from pagefork.scheduler.errors import StepFailedError as StepFailedError
+    from pagefork.scheduler.params import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+
+_NAMES_OF = {
+    "config": ["EngineConfig"],
+    "core": ["LLMEngine"],
+    "llm": ["LLM"],
+    "outputs": ["CompletionOutput", "EngineStats", "Logprob", "RequestMetrics", "RequestOutput"],
+    "scheduler.errors": [
+        "BlockAccountingError",
+        "ConfigError",
+        "EngineMisuseError",
+        "InvalidRequestError",
+        "KVExhaustedError",
+        "ModelError",
+        "NumericError",
+        "PageforkError",
+        "ParameterError",
+        "StepFailedError",
+    ],
+    "scheduler.params": ["SamplingParams"],
+}
+_HOME = {name: module for module, names in _NAMES_OF.items() for name in names}
+
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+
+if not TYPE_CHECKING:  # a type checker would believe that every name exists
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

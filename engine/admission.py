@@ -1,0 +1,147 @@
+"""From what a user passes to a Request that the engine can run, or an error that says why not."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pagefork.scheduler.errors import InvalidRequestError, ParameterError
+from pagefork.scheduler.params import CommonParams, SamplingParams
+from pagefork.scheduler.plan import Spec
+from pagefork.scheduler.request import Request
+
+from .models.config import ModelConfig
+from .text_rules import StopTexts
+from .tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+class Admission:
+    """Checks and translates requests for one model."""
+
+    def __init__(
+        self, config: ModelConfig, first_token: int | None, tokenizer: Tokenizer | None, max_model_len: int, seed: int
+    ) -> None:
+        self._config = config
+        self._first_token = first_token
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._seed = seed
+
+    def request(self, request_id: str, prompt: Prompt, params: CommonParams, priority: int = 0) -> Request:
+        """A request for the scheduler. Raises InvalidRequestError (a ValueError)."""
+        if not isinstance(request_id, str) or not request_id:
+            raise InvalidRequestError(f"request_id={request_id!r} must be a text that is not empty")
+        if not isinstance(priority, int):
+            raise InvalidRequestError(f"priority={priority!r} must be an integer; lower runs earlier")
+        if not isinstance(params, CommonParams):
+            raise InvalidRequestError(f"params must be SamplingParams, got {type(params).__name__}")
+        ids = self._tokens(prompt)
+        if len(ids) >= self._max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {len(ids)} tokens; max_model_len={self._max_model_len} allows at most {self._max_model_len - 1}, to leave room for an output"
+            )
+        room = self._max_model_len - len(ids)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        if params.min_tokens > max_tokens:
+            raise InvalidRequestError(f"min_tokens={params.min_tokens}, but prompt and max_model_len leave room for {max_tokens}")
+        self._check_ids(params)
+        model_end = frozenset() if params.ignore_eos else frozenset(self._config.eos_token_ids)
+        end_ids = model_end | frozenset(params.stop_token_ids)
+        return Request(
+            id=request_id,
+            prompt=np.array(ids, np.int32),
+            params=params,
+            spec=self._spec(request_id, len(ids), params, end_ids),
+            limit=len(ids) + max_tokens,
+            priority=priority,
+            end_ids=end_ids,
+            model_end_ids=model_end,
+            rules=self._rules(params),
+            extra={"vocab_size": self._config.vocab_size},
+        )
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise InvalidRequestError("the checkpoint has no tokenizer: pass the prompt as a list of token ids")
+            ids = self._tokenizer.encode(prompt)
+            if not ids and self._first_token is None:
+                raise InvalidRequestError("the prompt is empty, and the model has no token to start from")
+            return ids or [self._first_token or 0]
+        try:
+            ids = [int(token) for token in prompt if not isinstance(token, str | bool | float) or _refuse(token)]
+        except TypeError:
+            raise InvalidRequestError(f"a prompt is a text or a list of token ids, got {type(prompt).__name__}") from None
+        if not ids:
+            raise InvalidRequestError('the prompt is an empty list of token ids; pass "" to start from the model\'s first token')
+        self._check_range("the prompt", ids)
+        return ids
+
+    def _check_range(self, what: str, ids: Sequence[int]) -> None:
+        vocab = self._config.vocab_size
+        for token in ids:
+            if not 0 <= token < vocab:
+                raise InvalidRequestError(f"{what} has token id {token}; the model's ids go from 0 to {vocab - 1}")
+
+    def _check_ids(self, params: CommonParams) -> None:
+        self._check_range("stop_token_ids", params.stop_token_ids)
+        self._check_range("allowed_token_ids", params.allowed_token_ids or ())
+        self._check_range("logit_bias", list(params.logit_bias or ()))
+        needs_text = bool(params.stop or params.bad_words) or (isinstance(params, SamplingParams) and params.rank_by is not None)
+        if needs_text and self._tokenizer is None:
+            raise ParameterError("stop, bad_words and rank_by need a tokenizer, which the checkpoint doesn't have")
+
+    def _rules(self, params: CommonParams) -> StopTexts | None:
+        rank_by = isinstance(params, SamplingParams) and params.rank_by is not None
+        if self._tokenizer is None or not (params.stop or rank_by):
+            return None
+        return StopTexts(self._tokenizer, params.stop, params.skip_special_tokens)
+
+    def _spec(self, request_id: str, prompt_len: int, params: CommonParams, end_ids: frozenset[int]) -> Spec:
+        own: dict[str, Any] = {}
+        if isinstance(params, SamplingParams):
+            own = {
+                "temperature": 0.0 if params.greedy else params.temperature,
+                "top_k": max(0, params.top_k),
+                "top_p": params.top_p,
+                "min_p": params.min_p,
+                "processed": params.logprobs_mode == "processed",
+                "seed": _mix(self._seed, request_id) if params.seed is None else params.seed,
+            }
+        return Spec(
+            prompt_len=prompt_len,
+            repetition_penalty=params.repetition_penalty,
+            frequency_penalty=params.frequency_penalty,
+            presence_penalty=params.presence_penalty,
+            no_repeat_ngram_size=params.no_repeat_ngram_size,
+            min_tokens=params.min_tokens,
+            end_ids=tuple(sorted(end_ids)),
+            allowed_ids=None if params.allowed_token_ids is None else tuple(params.allowed_token_ids),
+            bad_words=self._bad_words(params.bad_words),
+            logit_bias=tuple((params.logit_bias or {}).items()),
+            rank=params.logprobs is not None,
+            **own,
+        )
+
+    def _bad_words(self, words: list[str]) -> tuple[tuple[int, ...], ...]:
+        """Each text as it is tokenised at the start and, where that differs, after a space."""
+        if not words:
+            return ()
+        assert self._tokenizer is not None
+        forms = [self._tokenizer.encode_plain(text) for word in words for text in (word, " " + word.lstrip())]
+        return tuple(dict.fromkeys(tuple(ids) for ids in forms if ids))
+
+
+def _refuse(token: object) -> bool:
+    raise InvalidRequestError(f"the prompt holds {token!r}; a list prompt holds token ids (integers)")
+
+
+def _mix(seed: int, request_id: str) -> int:
+    """A seed of its own for every request, the same in every run."""
+    digest = hashlib.blake2b(f"{seed}:{request_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

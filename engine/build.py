@@ -1,0 +1,110 @@
+"""From an EngineConfig to a loaded model, its cache and its runner, in a fixed order."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from pagefork.scheduler.errors import ConfigError
+
+from .cache import KVCache, num_blocks_for
+from .checkpoint import locate
+from .config import EngineConfig
+from .kernels.linear import linear_backend
+from .models.config import ModelConfig, read_json
+from .models.decoder import expected_shapes
+from .models.registry import Model, load_config, load_model, resolve_dtype
+from .runner import ModelRunner
+from .tokenizer import Tokenizer
+
+
+class Built(NamedTuple):
+    """Everything that outlives the building."""
+
+    path: Path
+    model: Model
+    cache: KVCache
+    runner: ModelRunner
+    tokenizer: Tokenizer | None
+    max_model_len: int
+    generation: dict[str, Any]
+
+    @property
+    def first_token(self) -> int | None:
+        """What an empty prompt starts from: the beginning-of-text token, else the first end token."""
+        given = self.generation.get("bos_token_id")
+        ends = self.model.config.eos_token_ids
+        return given if isinstance(given, int) else ends[0] if ends else None
+
+    def info(self, config: EngineConfig) -> dict[str, Any]:
+        """Sizes in bytes, except where named otherwise."""
+        model, cache, on_cpu = self.model, self.cache, self.cache.device.type == "cpu"
+        parameters = sum(math.prod(shape) for shape in expected_shapes(model.config).values())
+        return {
+            "model": config.model,
+            "path": str(self.path),
+            "architecture": model.config.architecture,
+            "parameters": parameters,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(cache.device),
+            "cpu_path": linear_backend(model.dtype, cache.device) if on_cpu else None,
+            "threads": torch.get_num_threads() if on_cpu else None,
+            "weights_memory": parameters * model.dtype.itemsize,
+            "cache_memory": cache.k.nbytes + cache.v.nbytes,
+            "num_blocks": cache.num_blocks - 1,
+            "block_size": cache.block_size,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+        }
+
+
+def build(config: EngineConfig) -> Built:
+    """Load and size everything. Raises ModelError or ConfigError before the weights are read, where it can."""
+    path = locate(config.model, config.revision)
+    model_config = load_config(path)
+    device = _device(config.device)
+    dtype = resolve_dtype(config.dtype, model_config, device)
+    if config.max_model_len is not None and config.max_model_len > model_config.max_len:
+        raise ConfigError(f"max_model_len={config.max_model_len}: the model was made for at most {model_config.max_len} tokens")
+    length = config.max_model_len or model_config.max_len
+    tokenizer = Tokenizer.load(path)
+    model = load_model(path, dtype, device)
+    num_blocks = _num_blocks(config, model_config, length, dtype, device)
+    capacity = (num_blocks - 1) * config.block_size
+    if config.max_model_len is not None and capacity < length:
+        raise ConfigError(
+            f"max_model_len={length} does not fit in the cache of {capacity} tokens: lower it, or raise num_blocks or kv_cache_memory"
+        )
+    length = min(length, capacity)
+    cache = KVCache(model_config, num_blocks, config.block_size, dtype, device)
+    runner = ModelRunner(model, cache, config.max_num_seqs, length)
+    return Built(path, model, cache, runner, tokenizer, length, _generation(path))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda': torch sees no CUDA device here; use 'cpu' or 'auto'")
+    return torch.device(name)
+
+
+def _num_blocks(config: EngineConfig, model: ModelConfig, length: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Blocks of the cache, the padding sink included; unasked no more than max_num_seqs sequences could fill."""
+    if config.num_blocks is not None:
+        return config.num_blocks + 1
+    blocks = num_blocks_for(config.kv_cache_memory, model, config.block_size, dtype, device)
+    if config.kv_cache_memory is not None:
+        return blocks
+    return min(blocks, config.max_num_seqs * -(-length // config.block_size) + 1)
+
+
+def _generation(path: Path) -> dict[str, Any]:
+    """generation_config.json over what config.json says of token ids."""
+    ids = {"bos_token_id": read_json(path / "config.json").get("bos_token_id")}
+    file = path / "generation_config.json"
+    return ids | (read_json(file) if file.is_file() else {})

@@ -1,0 +1,96 @@
+"""The paged KV cache: blocks of keys and values of all layers."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pagefork.kernels.kv_cache import copy_blocks
+from pagefork.scheduler.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pagefork.models.config import ModelConfig
+
+_CPU_MOST = 4 << 30  # bytes taken unasked on a CPU, whose memory others need as well
+_CPU_SHARE = 0.5  # of the memory available there
+_CUDA_SHARE = 0.9  # of the memory free once the model is loaded; the rest is for activations
+
+
+class KVCache:
+    """Keys and values of `num_blocks` blocks of `block_size` tokens.
+
+    k: [layers, blocks, kv heads, head size, block size]; v: [layers, blocks, kv heads, block size, head size], laid out
+    as kernels/kv_cache.py says. Block 0 is where padding tokens go; it is never handed out. A fresh block holds whatever
+    memory held, perhaps NaN, until `begin` clears it; values are read only where they were written.
+    """
+
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        if num_blocks < 2 or block_size < 1:
+            raise ConfigError(
+                f"a cache has at least 2 blocks (one takes the padding) of 1 token; given {num_blocks} of {block_size}"
+            )
+        layers, heads, size = config.num_hidden_layers, config.num_kv_heads, config.head_dim
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.device = device
+        self.k = torch.empty(layers, num_blocks, heads, size, block_size, dtype=dtype, device=device)
+        self.v = torch.empty(layers, num_blocks, heads, block_size, size, dtype=dtype, device=device)
+
+    def begin(self, blocks: Tensor) -> None:
+        """Clears the keys of blocks (int64) that are about to be filled in part, for whole blocks of keys are read."""
+        if blocks.numel():
+            self.k.index_fill_(1, blocks, 0)
+
+    def copy_blocks(self, src: NDArray[np.int32], dst: NDArray[np.int32]) -> None:
+        """Copies whole blocks in every layer; all sources are read before a destination is written."""
+        if len(src):
+            read, written = (torch.from_numpy(np.asarray(blocks, np.int64)).to(self.device) for blocks in (src, dst))
+            copy_blocks(self.k, read, written)
+            copy_blocks(self.v, read, written)
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block: keys and values of all layers."""
+    return 2 * config.num_hidden_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
+
+
+def num_blocks_for(memory: int | None, config: ModelConfig, block_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many blocks fit into `memory` bytes; None: a share of what is free on the device.
+
+    Unasked that is 90 % on a GPU, and on a CPU half of the available memory but at most 4 GiB. Raises ConfigError if
+    not even two blocks fit.
+    """
+    per_block = block_bytes(config, block_size, dtype)
+    blocks = (_free_share(device) if memory is None else memory) // per_block
+    if blocks < 2:
+        given = "the free memory" if memory is None else f"kv_cache_memory={memory}"
+        raise ConfigError(
+            f"{given} is too small for the cache: a block of {block_size} tokens takes {per_block} bytes, and it needs 2"
+        )
+    return blocks
+
+
+def _free_share(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * _CUDA_SHARE)
+    return min(_CPU_MOST, int(_available() * _CPU_SHARE))
+
+
+def _available() -> int:
+    """Bytes of memory that a process can take without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):
+        return _CPU_MOST

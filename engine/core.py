@@ -1,0 +1,201 @@
+"""LLMEngine: requests in, cumulative outputs out, one step at a time."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pagefork.scheduler.edits import Update
+from pagefork.scheduler.errors import ConfigError, EngineMisuseError
+from pagefork.scheduler.params import CommonParams, SamplingParams
+from pagefork.scheduler.request import Request
+from pagefork.scheduler.scheduler import Scheduler
+
+from .admission import Admission, Prompt
+from .build import Built, build
+from .config import EngineConfig
+from .output_processor import OutputProcessor
+from .outputs import EngineStats, RequestOutput
+
+logger = logging.getLogger("pagefork")
+
+
+class LLMEngine:
+    """A model, its cache and a scheduler. Not thread-safe: the thread that steps first owns it; misuse raises.
+
+    Raises ModelError for a checkpoint that can't be loaded, ConfigError for settings that don't go together.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        if not isinstance(config, EngineConfig):
+            raise ConfigError(f"LLMEngine takes an EngineConfig, got {type(config).__name__}")
+        self.config = config
+        self._built: Built = build(config)
+        self.tokenizer = self._built.tokenizer
+        self.max_model_len = self._built.max_model_len
+        self._runner = self._built.runner
+        self._scheduler = Scheduler(
+            num_blocks=self._built.cache.num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            enable_prefix_caching=config.enable_prefix_caching,
+            policy=config.scheduling_policy,
+        )
+        self._admission = Admission(
+            self._built.model.config, self._built.first_token, self.tokenizer, self.max_model_len, config.seed
+        )
+        self._processors: dict[str, OutputProcessor] = {}
+        self._undelivered: list[RequestOutput] = []
+        self._owner: int | None = None
+        self._stepping = False
+
+    def add_request(self, request_id: str, prompt: Prompt, params: CommonParams, priority: int = 0) -> None:
+        """Queue a prompt (text or token ids). Raises InvalidRequestError; the engine is unchanged then."""
+        self._enter()
+        self.queue(self.prepare(request_id, prompt, params, priority), prompt if isinstance(prompt, str) else None)
+
+    def prepare(self, request_id: str, prompt: Prompt, params: CommonParams, priority: int = 0) -> Request:
+        """Check and tokenise a request without queueing it. Raises InvalidRequestError."""
+        request = self._admission.request(request_id, prompt, params, priority)
+        self._scheduler.validate(request)
+        return request
+
+    def queue(self, request: Request, text: str | None = None) -> None:
+        """Queue a prepared request."""
+        outputs = self._scheduler.add(request)
+        self._processors[request.id] = OutputProcessor(request, text, outputs, self.tokenizer)
+
+    def abort_request(self, request_id: str) -> None:
+        """End a request now; its output with finish_reason "abort" comes with the next step. Unknown ids are ignored."""
+        self._enter()
+        update = self._scheduler.abort(request_id)
+        if update is not None:
+            self._undelivered.append(self._process(update))
+
+    def discard(self, request_ids: Iterable[str]) -> None:
+        """Abort requests whose outputs nobody waits for any more."""
+        for request_id in request_ids:
+            self.abort_request(request_id)
+        gone = set(request_ids)
+        self._undelivered = [output for output in self._undelivered if output.request_id not in gone]
+
+    def redeliver(self, outputs: Iterable[RequestOutput]) -> None:
+        """Outputs that were taken from step() by someone they were not for; the next step gives them again."""
+        self._undelivered += outputs
+
+    def default_params(self) -> SamplingParams:
+        """SamplingParams from the model's generation_config: greedy unless it says do_sample, as in Hugging Face."""
+        given = self._built.generation
+        names = {
+            "repetition_penalty": "repetition_penalty",
+            "max_new_tokens": "max_tokens",
+            "no_repeat_ngram_size": "no_repeat_ngram_size",
+        }
+        if given.get("do_sample"):
+            names |= {name: name for name in ("temperature", "top_k", "top_p", "min_p")}
+        fields = {ours: given[theirs] for theirs, ours in names.items() if given.get(theirs) is not None}
+        return SamplingParams(**({} if given.get("do_sample") else {"temperature": 0.0}) | fields)
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether step() still has something to compute or to deliver."""
+        return self._scheduler.has_unfinished or bool(self._undelivered)
+
+    def step(self) -> list[RequestOutput]:
+        """One step for all requests: the outputs that changed, each cumulative.
+
+        A step that raises ends the requests that it computed with a StepFailedError in their outputs; the
+        engine goes on. Ctrl-C waits until the step is applied, so the engine stays usable.
+        """
+        self._enter()
+        if self._stepping:
+            raise EngineMisuseError("step() was called from inside a step")
+        self._stepping = True
+        try:
+            with _interrupt_deferred():
+                self._undelivered += [self._process(update) for update in self._advance()]
+        finally:
+            self._stepping = False
+        outputs, self._undelivered = self._undelivered, []
+        return outputs
+
+    def _advance(self) -> list[Update]:
+        plan = self._scheduler.schedule()
+        updates = self._scheduler.take_ended()
+        if plan is None:
+            return updates
+        try:
+            self._runner.submit(plan)
+            result = self._runner.collect()
+        except Exception as error:
+            logger.exception("step %d failed", plan.step)
+            self._runner.reset()
+            return updates + self._scheduler.abandon(error)
+        return updates + self._scheduler.apply(result)
+
+    def _process(self, update: Update) -> RequestOutput:
+        processor = self._processors.pop(update.request_id) if update.done else self._processors[update.request_id]
+        return processor.process(update)
+
+    def _enter(self) -> None:
+        me = threading.get_ident()
+        if self._owner is None:
+            self._owner = me
+        elif self._owner != me:
+            raise EngineMisuseError("an LLMEngine belongs to the thread that used it first; call it from that thread only")
+
+    def stats(self) -> EngineStats:
+        """Numbers of this moment and totals since the start."""
+        scheduler, counters, residents = self._scheduler, self._scheduler.counters, self._scheduler.residents
+        return EngineStats(
+            num_blocks=scheduler.num_blocks - 1,
+            free_blocks=scheduler.kv.pool.free,
+            cached_blocks=scheduler.kv.pool.cached,
+            num_running=scheduler.num_running,
+            num_waiting=len(residents.waiting),
+            steps=counters.steps,
+            prompt_tokens=counters.prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+            forward_tokens=counters.forward_tokens,
+            prefix_queries=residents.prefix_queries,
+            prefix_hits=residents.prefix_hits,
+            preemptions=residents.preemptions,
+            forks=counters.forks,
+            blocks_copied=counters.blocks_copied,
+        )
+
+    def check(self) -> None:
+        """Raise BlockAccountingError when the block accounting is wrong."""
+        self._scheduler.check()
+
+    def info(self) -> dict[str, Any]:
+        """What was loaded and how it runs: model, memory (bytes), cache, device, CPU path."""
+        return self._built.info(self.config)
+
+
+@contextmanager
+def _interrupt_deferred() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is through; only in the main thread, and only Python's own handler."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    caught = False
+
+    def remember(signum: int, frame: object) -> None:
+        nonlocal caught
+        caught = True
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if caught:
+        raise KeyboardInterrupt

@@ -1,0 +1,113 @@
+"""LLM: many prompts in, all outputs back, in one continuous batch."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from pagefork.scheduler.errors import InvalidRequestError
+from pagefork.scheduler.params import CommonParams, SamplingParams
+
+from .admission import Prompt
+from .config import EngineConfig
+from .core import LLMEngine
+from .outputs import RequestOutput
+
+logger = logging.getLogger("pagefork")
+
+
+class LLM:
+    """A model for offline generation. Keyword arguments are the fields of EngineConfig.
+
+    `LLM("demo")` is the built-in model; else a directory or a hub id. `engine` is its LLMEngine.
+    """
+
+    def __init__(self, model: str, **settings: Any) -> None:
+        self.engine = LLMEngine(EngineConfig(model=str(model), **settings))
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: CommonParams | Sequence[CommonParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; outputs come in the order of the prompts.
+
+        prompts: a text, a list of token ids, or a list of either. sampling_params: one for all, one for each
+        prompt (kinds may mix), or None for the model's generation_config. A request that fails while it runs
+        has `error` set and finish_reason "error"; the others are complete. Raises InvalidRequestError
+        (a ValueError) before anything runs when a prompt or a parameter can't be honoured.
+        """
+        listed = _listed(prompts)
+        requests = [
+            self.engine.prepare(str(next(self._ids)), prompt, params)
+            for prompt, params in zip(listed, self._params(sampling_params, len(listed)), strict=True)
+        ]
+        for request, prompt in zip(requests, listed, strict=True):
+            self.engine.queue(request, prompt if isinstance(prompt, str) else None)
+        ids = [request.id for request in requests]
+        try:
+            done = self._run(set(ids), use_tqdm)
+        except BaseException:
+            self.engine.discard(ids)
+            raise
+        for output in done.values():
+            if output.error is not None:
+                logger.error("request %s failed: %s", output.request_id, output.error)
+        return [done[request_id] for request_id in ids]
+
+    def default_params(self) -> SamplingParams:
+        """SamplingParams from the model's generation_config: greedy unless it says do_sample, as in Hugging Face."""
+        return self.engine.default_params()
+
+    def _params(self, given: CommonParams | Sequence[CommonParams] | None, count: int) -> list[CommonParams]:
+        if given is None:
+            return [self.default_params()] * count
+        if not isinstance(given, list | tuple):
+            return [given] * count  # type: ignore[list-item]  # what is no CommonParams is refused with the request
+        params = list(given)
+        if len(params) != count:
+            raise InvalidRequestError(f"{len(params)} sampling_params for {count} prompts; give one for all, or one for each")
+        return params
+
+    def _run(self, waiting: set[str], use_tqdm: bool) -> dict[str, RequestOutput]:
+        done: dict[str, RequestOutput] = {}
+        others: dict[str, RequestOutput] = {}  # of requests that were added to the engine directly
+        counts: dict[str, int] = {}
+        with tqdm(total=len(waiting), desc="prompts", unit="prompt", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            while waiting - done.keys():
+                for output in self.engine.step():
+                    if output.request_id not in waiting:
+                        others[output.request_id] = output
+                        continue
+                    counts[output.request_id] = sum(len(completion.token_ids) for completion in output.outputs)
+                    if output.finished:
+                        done[output.request_id] = output
+                        bar.update()
+                elapsed = bar.format_dict["elapsed"] if use_tqdm else 0
+                if elapsed:
+                    bar.set_postfix_str(f"{sum(counts.values()) / elapsed:.1f} tokens/s", refresh=False)
+        self.engine.redeliver(others.values())
+        return done
+
+
+def _listed(prompts: Any) -> list[Prompt]:
+    """A list of prompts, whichever of the accepted forms was given."""
+    if isinstance(prompts, str):
+        return [prompts]
+    try:
+        listed = list(prompts)
+    except TypeError:
+        raise InvalidRequestError(
+            f"prompts must be a text, token ids or a list of either, got {type(prompts).__name__}"
+        ) from None
+    if not listed:
+        raise InvalidRequestError("prompts is empty; give a text, token ids or a list of either")
+    if all(isinstance(item, int) and not isinstance(item, bool) for item in listed):
+        return [listed]
+    return listed

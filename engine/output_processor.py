@@ -1,0 +1,114 @@
+"""From the scheduler's updates to RequestOutputs: text, log-probs, finish reasons."""
+
+from __future__ import annotations
+
+import time
+
+from pagefork.scheduler.edits import Update
+from pagefork.scheduler.params import CommonParams
+from pagefork.scheduler.request import Request
+from pagefork.scheduler.strategies.base import Emit, Finish, Top
+
+from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from .text_rules import first_stop, held_back
+from .tokenizer import DetokState, Tokenizer
+
+
+class _Stream:
+    """One output under way. `text` is decoded; what could begin a stop text is not shown yet."""
+
+    def __init__(self, index: int, params: CommonParams, tokenizer: Tokenizer | None) -> None:
+        self.index = index
+        self._params = params
+        self._tokenizer = tokenizer
+        self._detok = DetokState()
+        self._text = ""
+        self._immune = 0  # stop texts within so many characters came before min_tokens and end nothing
+        self._count = 0
+        self._tokens: list[int] = []
+        self._cumulative = 0.0
+        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self._finish: Finish | None = None
+
+    def emit(self, event: Emit) -> None:
+        self._tokens += event.tokens
+        self._cumulative += sum(event.logps)
+        if self._tokenizer is not None:
+            for token in event.tokens:
+                self._detok, text = self._tokenizer.step(self._detok, token, self._params.skip_special_tokens)
+                self._text += text
+                self._count += 1
+                if self._count < self._params.min_tokens:
+                    self._immune = len(self._text)
+        if self._logprobs is not None and event.tops is not None:
+            for token, logp, top in zip(event.tokens, event.logps, event.tops, strict=True):
+                self._logprobs.append(self._table(token, logp, top))
+
+    def finish(self, event: Finish) -> None:
+        self._finish = event
+        if self._tokenizer is not None:
+            self._text += self._tokenizer.rest(self._detok, self._params.skip_special_tokens)
+        found = first_stop(self._text, self._params.stop, self._immune) if isinstance(event.stop_reason, str) else None
+        if found is not None:
+            start, stop = found
+            self._text = self._text[: start + (len(stop) if self._params.include_stop_str_in_output else 0)]
+
+    def output(self) -> CompletionOutput:
+        finish = self._finish
+        shown = self._text
+        if finish is None and self._params.stop and not self._params.include_stop_str_in_output:
+            shown = shown[: len(shown) - held_back(shown, self._params.stop)]
+        return CompletionOutput(
+            index=self.index,
+            text=shown,
+            token_ids=self._tokens.copy(),
+            cumulative_logprob=self._cumulative,
+            logprobs=None if self._logprobs is None else self._logprobs.copy(),
+            finish_reason=finish.reason if finish else None,
+            stop_reason=finish.stop_reason if finish else None,
+            score=finish.score if finish else None,
+        )
+
+    def _table(self, token: int, logp: float, top: Top) -> dict[int, Logprob]:
+        table = {token: Logprob(logp, top.rank or None, self._piece(token))}
+        for rank, (other, value) in enumerate(zip(top.ids.tolist(), top.logps.tolist(), strict=True), 1):
+            if other >= 0 and other not in table:
+                table[other] = Logprob(value, rank, self._piece(other))
+        return table
+
+    def _piece(self, token: int) -> str | None:
+        return None if self._tokenizer is None else self._tokenizer.decode([token], skip_special_tokens=False)
+
+
+class OutputProcessor:
+    """Turns the updates of one request into cumulative RequestOutputs."""
+
+    def __init__(self, request: Request, prompt: str | None, outputs: int, tokenizer: Tokenizer | None) -> None:
+        self.request = request
+        self._prompt = prompt
+        self._ids = request.prompt.tolist()
+        self._streams = [_Stream(index, request.params, tokenizer) for index in range(outputs)]
+        self._metrics = RequestMetrics(arrival_time=time.monotonic())
+
+    def process(self, update: Update) -> RequestOutput:
+        """The request's output after an update."""
+        for event in update.events:
+            if isinstance(event, Emit):
+                self._streams[event.index].emit(event)
+            else:
+                self._streams[event.index].finish(event)
+        now = time.monotonic()
+        if self._metrics.first_token_time is None and any(isinstance(event, Emit) for event in update.events):
+            self._metrics.first_token_time = now
+        if update.done:
+            self._metrics.finished_time = now
+            self._metrics.cached_tokens, self._metrics.preemptions = update.cached_tokens, update.preemptions
+        return RequestOutput(
+            request_id=update.request_id,
+            prompt=self._prompt,
+            prompt_token_ids=self._ids,
+            outputs=[stream.output() for stream in self._streams],
+            finished=update.done,
+            metrics=self._metrics,
+            error=update.error,
+        )

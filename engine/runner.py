@@ -1,0 +1,74 @@
+"""Executes plans on a model: the only place where the scheduler's arrays meet tensors."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pagefork.scheduler.plan import LAST_TOKEN, Plan, Reads, Result, Rows
+
+from .batch import build_batch
+from .cache import KVCache
+from .models.registry import Model
+from .sampler import Sampler
+
+
+class ModelRunner:
+    """Keeps, by slot, what a plan takes for granted: the block table here, tokens and parameters in the sampler."""
+
+    def __init__(self, model: Model, cache: KVCache, max_num_seqs: int, max_model_len: int) -> None:
+        self._model = model
+        self._cache = cache
+        self._table = np.zeros((max_num_seqs, -(-max_model_len // cache.block_size)), np.int32)
+        self._sampler = Sampler(max_num_seqs, model.config.vocab_size, max_model_len, cache.device)
+        self._results: deque[Result] = deque()
+
+    @torch.inference_mode()
+    def submit(self, plan: Plan) -> None:
+        """Compute a plan; its result waits for collect()."""
+        self._table[plan.forks.dst] = self._table[plan.forks.src]
+        self._sampler.fork(plan.forks)
+        self._sampler.open(plan.opens, plan.specs)
+        self._table[plan.tables.slot, plan.tables.column] = plan.tables.block
+        self._cache.copy_blocks(plan.copies.src, plan.copies.dst)
+        tokens = self._resolve(plan.rows)
+        batch = build_batch(plan.rows, self._table, tokens, self._model.config, self._cache)
+        self._sampler.feed(plan.rows, tokens)
+        hidden = self._model.forward(batch, self._cache)
+        self._results.append(Result(plan.step, self._read(plan, hidden)))
+
+    def collect(self) -> Result:
+        """The result of the oldest plan that was not collected yet."""
+        return self._results.popleft()
+
+    def reset(self) -> None:
+        """Forget results of a step that failed."""
+        self._results.clear()
+
+    def _resolve(self, rows: Rows) -> Tensor:
+        tokens = torch.from_numpy(rows.tokens.astype(np.int64)).to(self._cache.device)
+        drawn = np.flatnonzero(rows.tokens == LAST_TOKEN)
+        if len(drawn):
+            slots = np.repeat(rows.slot, np.diff(rows.offset))[drawn]
+            tokens[torch.from_numpy(drawn)] = self._sampler.last[torch.from_numpy(slots).long()]
+        return tokens
+
+    def _read(self, plan: Plan, hidden: Tensor) -> list[Reads]:
+        """Logits once for every position that any probe names."""
+        if not plan.probes:
+            return []
+        rows = plan.rows
+        at = np.concatenate([probe.at for probe in plan.probes])
+        places, index = np.unique(at, return_inverse=True)
+        logits = self._model.logits(hidden[torch.from_numpy(places).to(hidden.device).long()])
+        row = np.searchsorted(rows.offset, places, side="right") - 1
+        positions = rows.start[row] + places - rows.offset[row]
+        reads, begin = [], 0
+        for probe in plan.probes:
+            part = index[begin : begin + len(probe.at)]
+            begin += len(probe.at)
+            reads.append(self._sampler.read(logits, probe, torch.from_numpy(part).to(hidden.device), positions[part]))
+        return reads

@@ -1,0 +1,204 @@
+"""Reads logits: draws tokens and looks up the most probable ones, for the probes of a plan.
+
+Log-probs are the model's own (before bans, bias, penalties and temperature) unless a spec asks for the processed
+distribution. Entries are worked on in slices that fit the cache; nothing that is read depends on how they are cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pagefork.kernels.distribution import Distribution, Scale
+from pagefork.kernels.filters import GREEDY
+from pagefork.kernels.philox import uniform
+from pagefork.kernels.sample import choose
+from pagefork.kernels.scratch import Scratch, chunks, widened
+from pagefork.kernels.top_logprobs import best_id, best_ids, padded, token_rank
+from pagefork.scheduler.plan import Bools, Forks, Ints, Kind, Opens, Probe, Reads, Rows, Spec
+
+from .slot_state import SlotState
+
+
+class _Part(NamedTuple):
+    """Some entries of a probe: a slice that fits the cache."""
+
+    fields: NDArray[Any]  # the parameters of their slots [p]
+    logits: Tensor  # as the model gave them, fp32 [p, W]
+    adjusted: Tensor  # after bans, bias and penalties; `logits` itself where none applies
+
+
+class _Seen(NamedTuple):
+    """What SAMPLE found out about the rows of this step, so that TOPN of the same rows needs no search of its own."""
+
+    logits: Tensor
+    entry: Ints  # [max_slots], index of a slot's entry below, -1 for none
+    position: NDArray[Any]  # [P]
+    model: Scale
+    processed: Scale
+
+
+class Sampler:
+    """The state by slot that reading logits needs, and the read-outs."""
+
+    def __init__(self, max_slots: int, vocab_size: int, max_len: int, device: torch.device) -> None:
+        self.last = torch.zeros(max_slots, dtype=torch.int64, device=device)  # the token drawn last; 0 after a bad row
+        self._state = SlotState(max_slots, vocab_size, max_len, device)
+        self._vocab_size, self._device = vocab_size, device
+        self._scratch = Scratch()
+        self._seen: _Seen | None = None
+        self._readers: dict[Kind, Callable[[Tensor, Probe, Tensor, NDArray[Any]], Reads]] = {
+            Kind.SAMPLE: self._sample,
+            Kind.TOPN: self._top,
+        }
+
+    def fork(self, forks: Forks) -> None:
+        """Slots become copies of others, all but the stream; every source is read before any slot is written."""
+        self._state.fork(forks)
+        self.last[self._tensor(forks.dst)] = self.last[self._tensor(forks.src)]
+
+    def open(self, opens: Opens, specs: list[Spec]) -> None:
+        """Slots start afresh. Raises ValueError for a token id outside of the vocabulary."""
+        self._state.open(opens, specs)
+
+    def feed(self, rows: Rows, tokens: Tensor) -> None:
+        """Takes the tokens, int64 [T], that this step feeds; before its logits are read."""
+        self._seen = None
+        self._state.feed(rows, tokens)
+
+    @torch.no_grad()
+    def read(self, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> Reads:
+        """What `probe` asks of logits [U, V] (floating point; not modified).
+
+        index: int64 [P], the row of logits of every entry. position: [P], where its token was fed: the token drawn
+        comes one later, which keys the draw. Raises ValueError for a kind of probe that can't be read.
+        """
+        if probe.kind not in self._readers:
+            raise ValueError(f"no read-out for {probe.kind.name}; there are {', '.join(kind.name for kind in self._readers)}")
+        if logits.ndim != 2 or logits.shape[1] != self._vocab_size:
+            raise ValueError(f"logits must be of shape [rows, {self._vocab_size}], not {list(logits.shape)}")
+        return self._readers[probe.kind](logits, probe, index, position)
+
+    def _sample(self, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> Reads:
+        fields = self._state.fields[probe.slot]
+        greedy, ranked = fields["temperature"] < GREEDY, fields["rank"]
+        shaped = ~greedy | fields["processed"]  # rows whose processed distribution matters
+        number = uniform(*map(self._tensor, (fields["seed"], fields["stream"], position + 1)))
+        found: list[tuple[Tensor, ...]] = []
+        scales: list[tuple[Scale, Scale]] = []
+        for cut, part in self._parts(logits, probe.slot, index, position):
+            model, dist = self._distributions(part, shaped[cut])
+            processed = model if dist is None else dist.scale()
+            bad = model.bad | (processed.bad if dist is not None else ~part.adjusted.amax(-1).isfinite())
+            token = best_id(part.adjusted) if dist is None else choose(dist, self._tensor(greedy[cut]), number[cut])
+            token.masked_fill_(bad, 0)
+            logp = self._log_probs(part, model, processed, token[:, None])[:, 0].masked_fill_(bad, 0.0)
+            rank = self._ranks(part, token) if ranked[cut].any() else torch.zeros_like(token)
+            found.append((token, logp, rank, bad))
+            scales.append((model, processed))
+        token, logp, rank, bad = map(torch.cat, zip(*found, strict=True))
+        self.last[self._tensor(probe.slot)] = token
+        self._remember(logits, probe.slot, position, shaped, scales)
+        ranks = np.where(ranked, rank.cpu().numpy(), 0).astype(np.int32)
+        return Reads(bad=bad.cpu().numpy(), token=token.int().cpu().numpy(), logp=logp.cpu().numpy(), rank=ranks)
+
+    def _top(self, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> Reads:
+        known = self._recall(logits, probe.slot, position)
+        n = min(probe.n, self._vocab_size)
+        found: list[tuple[Tensor, ...]] = []
+        for cut, part in self._parts(logits, probe.slot, index, position):
+            if known is None:
+                model, dist = self._distributions(part, np.ones(len(part.fields), np.bool_))
+                assert dist is not None
+                processed = dist.scale()
+            else:
+                model, processed = (scale.pick(cut) for scale in known)
+            ids = best_ids(self._ordered(part, processed), n)
+            chance = processed.log_probs(part.adjusted.gather(-1, ids)).exp_()
+            found.append((ids, self._log_probs(part, model, processed, ids), chance, model.bad | processed.bad))
+        ids, logp, chance, bad = map(torch.cat, zip(*found, strict=True))
+        return Reads(
+            bad=bad.cpu().numpy(),
+            top_id=padded(ids, probe.n, -1).int().cpu().numpy(),
+            top_logp=padded(logp, probe.n, -torch.inf).cpu().numpy(),
+            top_p=padded(chance, probe.n, 0.0).cpu().numpy(),
+        )
+
+    def _parts(self, logits: Tensor, slot: Ints, index: Tensor, position: NDArray[Any]) -> Iterator[tuple[slice, _Part]]:
+        """One part at a time: the next one overwrites the memory of the last."""
+        for cut in chunks(len(slot), self._vocab_size, self._device):
+            model = widened(self._rows(logits, index[cut]), self._scratch)
+            adjusted = self._state.adjust(model, slot[cut], position[cut], self._scratch)
+            yield cut, _Part(self._state.fields[slot[cut]], model, adjusted)
+
+    def _rows(self, logits: Tensor, index: Tensor) -> Tensor:
+        if len(index) and index.device.type == "cpu":
+            first, last = int(index[0]), int(index[-1])
+            if torch.equal(index, torch.arange(first, last + 1)):
+                return logits[first : last + 1]
+        out = self._scratch.take("gathered", (len(index), logits.shape[1]), logits.dtype, logits.device)
+        return torch.index_select(logits, 0, index, out=out)
+
+    def _distributions(self, part: _Part, shaped: Bools) -> tuple[Scale, Distribution | None]:
+        """The model's distribution; the processed one where `shaped` (else it means nothing), at temperature 1 where greedy."""
+        model = Distribution(part.logits, None, self._scratch)
+        scale = model.scale()
+        if not shaped.any():
+            return scale, None
+        fields = part.fields
+        heat = np.where(shaped & (fields["temperature"] >= GREEDY), fields["temperature"], np.float32(1))
+        cold = bool((heat == 1).all())
+        same = cold and part.adjusted is part.logits
+        dist = model if same else Distribution(part.adjusted, None if cold else self._tensor(heat), self._scratch)
+        dist.restrict(
+            self._tensor(np.where(shaped, fields["top_k"], 0)),
+            self._tensor(np.where(shaped, fields["top_p"], 1.0)),
+            self._tensor(np.where(shaped, fields["min_p"], 0.0)),
+        )
+        return scale, dist
+
+    def _log_probs(self, part: _Part, model: Scale, processed: Scale, ids: Tensor) -> Tensor:
+        """Log-probs fp32 [p, n] of ids [p, n], of the distribution that each row reports."""
+        own = model.log_probs(part.logits.gather(-1, ids))
+        if not part.fields["processed"].any():
+            return own
+        wanted = self._tensor(part.fields["processed"])[:, None]
+        return torch.where(wanted, processed.log_probs(part.adjusted.gather(-1, ids)), own)
+
+    def _ranks(self, part: _Part, token: Tensor) -> Tensor:
+        own = token_rank(part.logits, token, self._scratch)
+        if part.adjusted is part.logits or not part.fields["processed"].any():
+            return own
+        return torch.where(self._tensor(part.fields["processed"]), token_rank(part.adjusted, token, self._scratch), own)
+
+    def _ordered(self, part: _Part, processed: Scale) -> Tensor:
+        """Values fp32 [p, W] that order the tokens by the log-probs that each row reports."""
+        if not part.fields["processed"].any():
+            return part.logits
+        kept = part.adjusted.masked_fill(part.adjusted < processed.floor[:, None], -torch.inf)
+        return torch.where(self._tensor(part.fields["processed"])[:, None], kept, part.logits)
+
+    def _remember(
+        self, logits: Tensor, slot: Ints, position: NDArray[Any], shaped: Bools, scales: list[tuple[Scale, Scale]]
+    ) -> None:
+        entry = np.full(len(self.last), -1, np.int32)
+        entry[slot[shaped]] = shaped.nonzero()[0]
+        model, processed = (Scale(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*scales, strict=True))
+        self._seen = _Seen(logits, entry, position, model, processed)
+
+    def _recall(self, logits: Tensor, slot: Ints, position: NDArray[Any]) -> tuple[Scale, Scale] | None:
+        """The scales of these entries, if SAMPLE of this step found them all."""
+        if self._seen is None or self._seen.logits is not logits:
+            return None
+        entry = self._seen.entry[slot]
+        if (entry < 0).any() or (self._seen.position[entry] != position).any():
+            return None
+        return self._seen.model.pick(self._tensor(entry)), self._seen.processed.pick(self._tensor(entry))
+
+    def _tensor(self, values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, non_blocking=True)

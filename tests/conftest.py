@@ -1,0 +1,13 @@
+"""What many tests share."""
+
+from __future__ import annotations
+
+import pytest
+
+from pagefork import LLM
+
+
+@pytest.fixture(scope="session")
+def demo() -> LLM:
+    """The demo model in fp32, with a cache that is large enough for everything."""
+    return LLM("demo", dtype="float32", num_blocks=1000, max_num_seqs=64)
