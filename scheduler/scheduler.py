@@ -66,6 +66,7 @@ class Scheduler:
         self._by_id: dict[str, Group] = {}
         self._flights: deque[Flight] = deque()
         self._arrivals = 0
+        self._complete: list[Ints] = []  # generations that this result completed
         self._broken: list[tuple[Group, Exception]] = []  # their strategy raised while a step was planned
 
     def validate(self, request: Request) -> Strategy:
@@ -211,7 +212,8 @@ class Scheduler:
             keep = None if all_valid or valid[begin:position].all() else np.flatnonzero(valid[begin:position]).tolist()
             self._advance(group, seqs if keep is None else [int(seqs[i]) for i in keep], reading.of(parts, keep), update)
         self._editor.flush()
-        self._park(read)
+        self._park(np.concatenate([read, *self._complete]))
+        self._complete = []
         return self._close(touched)
 
     def _confirm(self, flight: Flight) -> None:
@@ -237,6 +239,7 @@ class Scheduler:
             seqs = np.concatenate([ints(part) for part, _ in group.held])
             reads = [join(parts) for parts in zip(*(part for _, part in group.held), strict=True)]
             group.held = []
+            self._complete.append(seqs)
         self._edit(group, lambda: strategy.advance(group, seqs, reads), update)
 
     def _edit(self, group: Group, decide: Callable[[], list[Edit]], update: Update) -> None:
