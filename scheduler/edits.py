@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 
 from .errors import PageforkError
-from .group import Group, State
+from .group import Group, State, TokenTree
 from .kv_manager import KVManager
 from .plan import Ints, ints
 from .slots import Slots
@@ -31,31 +31,33 @@ class Editor:
     def __init__(self, kv: KVManager, slots: Slots) -> None:
         self._kv = kv
         self._slots = slots
-        self._appends: list[tuple[Group, list[int], Ids]] = []
+        self.emitted = 0  # tokens, since the start
+        self._appends: list[tuple[TokenTree, list[int], Ids]] = []
 
     def apply(self, group: Group, edits: list[Edit], update: Update) -> None:
         """Forks share before anything is dropped, and what is dropped gives its slots before forks take any."""
         forks: list[tuple[Ints, Ints]] = []
         dropped: list[Ids] = []
         for edit in edits:
-            match edit:
-                case Grow():
-                    self._grow(group, edit, forks)
-                case Drop(seqs):
-                    dropped.append(seqs)
-                case Emit() | Finish():
-                    update.events.append(edit)
-                    if isinstance(edit, Finish):
-                        group.unfinished.discard(edit.index)
-                case Ask():
-                    group.asked = True
-                    update.asks.append(edit)
+            if isinstance(edit, Emit):
+                self.emitted += len(edit.tokens)
+                update.events.append(edit)
+            elif isinstance(edit, Grow):
+                self._grow(group, edit, forks)
+            elif isinstance(edit, Drop):
+                dropped.append(edit.seqs)
+            elif isinstance(edit, Finish):
+                update.events.append(edit)
+                group.unfinished.discard(edit.index)
+            else:
+                group.asked = True
+                update.asks.append(edit)
         if forks or dropped:
             self._reslot(group, forks, np.concatenate([ints(), *map(ints, dropped)]))
 
     def _grow(self, group: Group, edit: Grow, forks: list[tuple[Ints, Ints]]) -> None:
         if edit.dst is edit.src and isinstance(edit.src, list) and edit.run:
-            self._appends.append((group, edit.src, edit.token))
+            self._appends.append((group.tokens, edit.src, edit.token))
             group.expect += len(edit.src)
             return
         src, dst, token = ints(edit.src), ints(edit.dst), ints(edit.token)
@@ -87,7 +89,7 @@ class Editor:
         table.known[seqs] += 1
         table.last[seqs] = [token for _, _, part in self._appends for token in part]
         parents = iter(table.node[seqs].tolist())
-        table.node[seqs] = [group.tokens.append(next(parents), token) for group, _, part in self._appends for token in part]
+        table.node[seqs] = [tree.append(next(parents), token) for tree, _, part in self._appends for token in part]
         self._appends = []
 
     def _reslot(self, group: Group, forks: list[tuple[Ints, Ints]], dropped: Ints) -> None:

@@ -168,46 +168,50 @@ class KVManager:
 
     def publish(self, group: Group, seq: int) -> None:
         """Make the full computed blocks of a sequence findable; where equal ones are, hold those instead."""
-        table, pool, size = self.table, self.pool, self.block_size
-        begin, full = int(table.published[seq]), int(table.computed[seq]) // size
-        trunk = int(table.trunk[seq])
-        for index in range(begin, full) if self.caching else ():
-            before = self._block(group, seq, index - 1) if index else 0
-            parent = int(pool.uid[before]) if index else self.prefix.root(group.request.salt)
-            block = self._block(group, seq, index)
-            if pool.uid[block]:
-                continue
-            if not parent:  # the chain was taken out of the cache
-                break
-            tokens = group.history(seq, index * size, (index + 1) * size).tobytes()
-            found = self.prefix.publish(parent, tokens, block)
-            if found != block:
-                pool.retain(np.array([found], np.int32))
-                pool.release(np.array([block], np.int32))
-                table.tail[seq, index - trunk] = found
-                self.replaced.append((seq, int(table.birth[seq]), index, found))
+        table, size = self.table, self.block_size
+        begin, full, trunk = int(table.published[seq]), int(table.computed[seq]) // size, len(group.trunk)
+        if self.caching:
+            row = table.tail[seq]
+            before = 0 if begin == 0 else group.trunk[begin - 1] if begin <= trunk else int(row[begin - 1 - trunk])
+            for index in range(begin, full):
+                block = int(row[index - trunk])
+                before = self._publish(group, seq, index, before, block)
+                if before != block:
+                    row[index - trunk] = before
         table.published[seq] = full
-        self._promote(group)
+        self._promote(group, seq)
 
-    def _block(self, group: Group, seq: int, index: int) -> int:
-        trunk = len(group.trunk)
-        return group.trunk[index] if index < trunk else int(self.table.tail[seq, index - trunk])
+    def _publish(self, group: Group, seq: int, index: int, before: int, block: int) -> int:
+        """Publish block `index` of a sequence, which follows block `before`; the block to hold from now on."""
+        pool, size = self.pool, self.block_size
+        if pool.uid[block]:
+            return block
+        parent = int(pool.uid[before]) if index else self.prefix.root(group.request.salt)
+        if not parent:  # the chain was taken out of the cache
+            return block
+        found = self.prefix.publish(parent, group.history(seq, index * size, (index + 1) * size).tobytes(), block)
+        if found != block:
+            pool.retain(ints([found]))
+            pool.release(ints([block]))
+            self.replaced.append((seq, int(self.table.birth[seq]), index, found))
+        return found
 
-    def _promote(self, group: Group) -> None:
+    def _promote(self, group: Group, seq: int) -> None:
         """Leading full blocks that all sequences hold become trunk: one reference for all, shorter tails to fork."""
         table = self.table
-        seqs = table.of(group.number)
-        full = np.minimum(table.computed[seqs] // self.block_size - table.trunk[seqs], table.cols[seqs]).min(initial=2**31 - 1)
-        if len(seqs) == 0 or full <= 0:
+        seqs = table.of(group.number) if group.live > 1 else ints([seq])
+        full = int(np.minimum(table.computed[seqs] // self.block_size - table.trunk[seqs], table.cols[seqs]).min())
+        if full <= 0:
             return
         tails = table.tail[seqs]
         same = (tails[:, :full] == tails[0, :full]).all(axis=0)
-        shared = int(full) if same.all() else int(np.argmin(same))
+        shared = full if same.all() else int(np.argmin(same))
         if shared == 0:
             return
         blocks = tails[0, :shared]
         group.trunk.extend(blocks.tolist())
-        self.pool.release(np.repeat(blocks, len(seqs) - 1))
+        if len(seqs) > 1:
+            self.pool.release(np.repeat(blocks, len(seqs) - 1))
         table.tail[seqs, : tails.shape[1] - shared] = tails[:, shared:]
         table.cols[seqs] -= shared
         table.trunk[seqs] += shared

@@ -42,3 +42,7 @@ class Request:
     rules: TextRules | None = None
     salt: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    room: int = field(init=False)  # tokens that an output can have
+
+    def __post_init__(self) -> None:
+        self.room = self.limit - len(self.prompt)

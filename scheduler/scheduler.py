@@ -8,7 +8,7 @@ share the rest of the token budget in order, in chunks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from .planning import Chosen, Entries, ProbeTable, Segment, assemble, shared_run
 from .reading import Flight, Reading, join
 from .request import Request
 from .residents import Residents
-from .strategies.base import Edit, Emit, Finish, Ids, Strategy, make
+from .strategies.base import Edit, Finish, Ids, Strategy, make
 
 _NARROW = 64  # up to this width a group's sequences are given as a list: arrays of few elements are slow
 
@@ -104,7 +104,7 @@ class Scheduler:
         group = self._by_id[request_id]
         update = Update(request_id)
         group.asked = False
-        self._edit(group, lambda: group.strategy.answer(group, values), update)
+        self._edit(group, update, group.strategy.answer, group, values)
         self._editor.flush()
         return self._close([(group, update)])[0]
 
@@ -197,14 +197,17 @@ class Scheduler:
         all_valid = bool(valid.all())
         read = flight.read[valid]
         table.pending[read[table.pipelined[read]]] -= 1
-        touched: list[tuple[Group, Update]] = []
+        touched: dict[int, tuple[Group, Update]] = {}
         position = 0
         for group, seqs, parts in flight.segments:
             begin, position = position, position + len(seqs)
             if group.state is State.ENDED:
                 continue
-            update = Update(group.request.id)
-            touched.append((group, update))
+            if group.number not in touched:  # one-token rows and longer ones of a group are separate segments
+                touched[group.number] = group, Update(group.request.id)
+            update = touched[group.number][1]
+            if update.error is not None:
+                continue
             if reading.any_bad and reading.bad(parts):
                 update.error = endings.numeric(group)
                 self.kv.unpublish(group)
@@ -214,7 +217,7 @@ class Scheduler:
         self._editor.flush()
         self._park(np.concatenate([read, *self._complete]))
         self._complete = []
-        return self._close(touched)
+        return self._close(touched.values())
 
     def _confirm(self, flight: Flight) -> None:
         """What the plan computed counts from now on, for sequences that still hold the blocks it wrote."""
@@ -240,11 +243,11 @@ class Scheduler:
             reads = [join(parts) for parts in zip(*(part for _, part in group.held), strict=True)]
             group.held = []
             self._complete.append(seqs)
-        self._edit(group, lambda: strategy.advance(group, seqs, reads), update)
+        self._edit(group, update, strategy.advance, group, seqs, reads)
 
-    def _edit(self, group: Group, decide: Callable[[], list[Edit]], update: Update) -> None:
+    def _edit(self, group: Group, update: Update, decide: Callable[..., list[Edit]], *args: Any) -> None:
         try:
-            self._editor.apply(group, decide(), update)
+            self._editor.apply(group, decide(*args), update)
         except Exception as error:  # noqa: BLE001 - a strategy's bug ends its own request only
             self._editor.flush()
             update.error = endings.strategy_failed(group, error)
@@ -259,11 +262,11 @@ class Scheduler:
             table.run[idle] = False
             self.residents.slots.close(idle)
 
-    def _close(self, touched: list[tuple[Group, Update]]) -> list[Update]:
+    def _close(self, touched: Collection[tuple[Group, Update]]) -> list[Update]:
         """End the groups that are over; fail those that have nothing left to compute and are not."""
+        self.counters.generated_tokens = self._editor.emitted
         busy = going_on(self.kv)
         for group, update in touched:
-            self.counters.generated_tokens += sum(len(event.tokens) for event in update.events if isinstance(event, Emit))
             if group.unfinished and not group.asked and not group.held and group.number not in busy and update.error is None:
                 update.error = endings.strategy_failed(
                     group, RuntimeError("no sequence to run, no Ask and no Finish after its last edits")

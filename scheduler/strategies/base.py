@@ -174,7 +174,7 @@ def ending(request: Request, token: int, length: int, hit: str | None) -> tuple[
         return "stop", None if token in request.model_end_ids else token
     if hit is not None and length >= request.params.min_tokens:
         return "stop", hit
-    if len(request.prompt) + length >= request.limit:
+    if length >= request.room:
         return "length", None
     return None
 

@@ -55,7 +55,11 @@ def test_what_can_not_be_honoured_is_refused_by_name(fields: dict[str, Any], mes
 
 def test_decoding_checks_what_construction_checks() -> None:
     assert msgspec.json.decode(b'{"type": "sampling", "top_k": 5}', type=SamplingParams).top_k == 5
-    for body in (b'{"type": "sampling", "top_k": -5}', b'{"type": "sampling", "top_q": 1}', b'{"type": "sampling", "n": 2, "temperature": 0}'):
+    for body in (
+        b'{"type": "sampling", "top_k": -5}',
+        b'{"type": "sampling", "top_q": 1}',
+        b'{"type": "sampling", "n": 2, "temperature": 0}',
+    ):
         with pytest.raises(msgspec.ValidationError):
             msgspec.json.decode(body, type=SamplingParams)
 

@@ -168,7 +168,9 @@ def test_a_wide_group_is_bypassed_only_so_often() -> None:
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("params", [GREEDY, SamplingParams(n=3, max_tokens=12), BeamToyParams(max_tokens=9), LookToyParams(max_tokens=9)])
+@pytest.mark.parametrize(
+    "params", [GREEDY, SamplingParams(n=3, max_tokens=12), BeamToyParams(max_tokens=9), LookToyParams(max_tokens=9)]
+)
 def test_abort_after_any_number_of_steps_releases_everything_and_touches_nobody_else(params: CommonParams, lag: int) -> None:
     for steps in range(16):
         harness = Harness(60, 4, 12, 16, lag=lag)
@@ -300,7 +302,12 @@ class Broken(Base):
 
 @pytest.mark.parametrize(
     ("where", "message"),
-    [("probe", "broken in probe"), ("advance", "broken in advance"), ("hang", "no sequence to run"), ("wide", "than its footprint")],
+    [
+        ("probe", "broken in probe"),
+        ("advance", "broken in advance"),
+        ("hang", "no sequence to run"),
+        ("wide", "than its footprint"),
+    ],
 )
 def test_a_broken_strategy_ends_its_own_request_loudly(where: str, message: str) -> None:
     harness = Harness(100, 4, 12, 64)

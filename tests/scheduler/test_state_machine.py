@@ -40,7 +40,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     harness: Harness
 
     @initialize(
-        blocks=st.integers(20, 60), size=st.sampled_from([1, 3, 4]), budget=st.integers(8, 40), lag=st.integers(0, 1), caching=st.booleans()
+        blocks=st.integers(20, 60),
+        size=st.sampled_from([1, 3, 4]),
+        budget=st.integers(8, 40),
+        lag=st.integers(0, 1),
+        caching=st.booleans(),
     )
     def start(self, blocks: int, size: int, budget: int, lag: int, caching: bool) -> None:
         self.harness = Harness(blocks * (4 if size == 1 else 1), size, 12, budget, lag=lag, enable_prefix_caching=caching)
@@ -96,7 +100,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(
-    max_examples=150, stateful_step_count=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck),
+    max_examples=150,
+    stateful_step_count=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.generate],
 )
 

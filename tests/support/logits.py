@@ -28,9 +28,7 @@ def uniform(seed: int, stream: int, position: int) -> float:
     return ((words[0] << 32 | words[1]) >> 11) / 2**53
 
 
-def banned(
-    history: Sequence[int], vocab: int, generated: int, spec: dict[str, Any]
-) -> set[int]:
+def banned(history: Sequence[int], vocab: int, generated: int, spec: dict[str, Any]) -> set[int]:
     """Token ids that may not come next."""
     out = set(spec.get("end_ids", ())) if generated < spec.get("min_tokens", 0) else set()
     if spec.get("allowed_ids") is not None:

@@ -147,7 +147,9 @@ class OracleRunner:
         count = len(contexts)
         bad = np.zeros(count, np.bool_)
         if probe.kind is Kind.SAMPLE:
-            token = [draw(tokens, spec, self.stream[slot]) for tokens, spec, slot in zip(contexts, specs, probe.slot, strict=True)]
+            token = [
+                draw(tokens, spec, self.stream[slot]) for tokens, spec, slot in zip(contexts, specs, probe.slot, strict=True)
+            ]
             self.last[probe.slot] = token
             logp = [scores(tokens, spec)[t] for tokens, spec, t in zip(contexts, specs, token, strict=True)]
             return Reads(bad, np.array(token, np.int32), np.array(logp, np.float32), np.ones(count, np.int32))

@@ -32,7 +32,7 @@ class BeamToy(Base):
     def __init__(self, request: Request) -> None:
         assert isinstance(request.params, BeamToyParams)
         self.width = request.params.width
-        self.length = request.limit - len(request.prompt)
+        self.length = request.room
         self.beams: list[tuple[float, list[int]]] = [(0.0, [])]
         self.seqs: list[int] = []
 
@@ -94,7 +94,7 @@ class LookToy(Base):
     def __init__(self, request: Request) -> None:
         assert isinstance(request.params, LookToyParams)
         self.branch = request.params.branch
-        self.length = request.limit - len(request.prompt)
+        self.length = request.room
         self.node = -1
         self.tokens: list[int] = []
         self.children: dict[int, tuple[int, list[int]]] = {}
