@@ -139,7 +139,7 @@ class Sampler:
     def _rows(self, logits: Tensor, index: Tensor) -> Tensor:
         if len(index) and index.device.type == "cpu":
             first, last = int(index[0]), int(index[-1])
-            if torch.equal(index, torch.arange(first, last + 1)):
+            if last - first + 1 == len(index) and torch.equal(index, torch.arange(first, last + 1)):
                 return logits[first : last + 1]
         out = self._scratch.take("gathered", (len(index), logits.shape[1]), logits.dtype, logits.device)
         return torch.index_select(logits, 0, index, out=out)

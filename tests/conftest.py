@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from pagefork import LLM
+
+# The models here are so small that a second thread only adds waiting; the command-line tests run with all.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

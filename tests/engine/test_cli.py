@@ -25,12 +25,14 @@ from pagefork.cli.text import one_line, printable
 from pagefork.cli.view import JsonLines
 
 COMMAND = [sys.executable, "-P", "-m", "pagefork"]
+# The commands compute little, and beside other tests waiting for a second core would cost more than it gives.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 PROMPT = "def read_lines(path):\n"
 GREEDY = ["--temperature", "0", "--max-tokens", "16"]
 
 
 def pagefork(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], input=stdin, capture_output=True, text=True, timeout=120)
+    return subprocess.run([*COMMAND, *arguments], input=stdin, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
 
 
 def generated(*arguments: str, stdin: str = "") -> list[dict[str, Any]]:
@@ -85,7 +87,7 @@ def test_labelled_lines_hold_the_same_texts_as_json() -> None:
 
 def test_text_comes_while_it_is_generated_and_ctrl_c_ends_it_in_one_line() -> None:
     command_line = [*COMMAND, "generate", "--max-tokens", "1000", "--ignore-eos", "--seed", "1", PROMPT]
-    with subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         assert process.stdout is not None
         assert process.stdout.read(1)
         assert process.poll() is None

@@ -68,6 +68,15 @@ def test_ties_of_a_threshold_stay() -> None:
     assert apply_top_p(logits, 1e-9).isfinite().tolist() == [[False, True, False, False, False, False]]
 
 
+def test_min_p_decides_between_neighbouring_floats() -> None:
+    """exp(x) >= min_p, for a min_p a hair on either side: the rounding of the threshold to fp32 must not decide."""
+    x = -torch.rand(200, generator=torch.Generator().manual_seed(0)) * 5
+    logits = torch.stack([torch.zeros(200), x], -1)
+    limit = x.double().exp()
+    assert apply_min_p(logits, limit * (1 - 1e-12))[:, 1].isfinite().all()
+    assert not apply_min_p(logits, limit * (1 + 1e-12))[:, 1].isfinite().any()
+
+
 def test_parameters_are_per_row_and_rows_do_not_notice_each_other() -> None:
     logits = rows(3000)
     k = torch.tensor([0, 1, -1, 40, 3000, 2999, 500, 128, 129])

@@ -1,0 +1,80 @@
+"""From a directory to a model that runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import torch
+from torch import Tensor
+
+from pagefork.batch import Batch
+from pagefork.cache import KVCache
+from pagefork.scheduler.errors import ConfigError, ModelError
+
+from .config import ModelConfig, read_config
+from .decoder import Decoder
+from .weights import Weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Model(Protocol):
+    """What the runner needs of a model. States and logits are in `dtype`."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+
+    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
+        """States [N, hidden] after the last norm; keys and values of the batch are in the cache afterwards."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [P, vocabulary] of states [P, hidden]."""
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """The configuration of the checkpoint in a local directory; where it states no dtype, that of its weights is filled in.
+
+    Raises ModelError for what is missing, damaged or not supported.
+    """
+    directory = _directory(path)
+    config = read_config(directory)
+    if config.dtype is not None:
+        return config
+    with Weights(directory) as weights:
+        return msgspec.structs.replace(config, dtype=next(iter(weights.dtypes.values()), "float32"))
+
+
+def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> Model:
+    """The model in a local directory of config.json and safetensors, sharded or not.
+
+    Weights are read, cast, fused and packed one after another, so they are never held twice. Raises ModelError for a
+    checkpoint that is missing, damaged, of an unsupported architecture or format, or whose weights do not fit.
+    """
+    directory = _directory(path)
+    config = read_config(directory)
+    with Weights(directory) as weights:
+        return Decoder(config, weights, dtype, device)
+
+
+def resolve_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: "auto" is the checkpoint's, float32 where that is not one of ours.
+
+    Raises ConfigError for another name, or one that the device lacks.
+    """
+    if name == "auto":
+        return DTYPES.get(config.dtype or "", torch.float32)
+    if name not in DTYPES:
+        raise ConfigError(f"dtype={name!r} is refused; it is auto, {' or '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _directory(path: str | Path) -> Path:
+    directory = Path(path).expanduser()
+    if directory.suffix == ".gguf":
+        raise ModelError(f"{directory} is a GGUF file, which is not supported; use the original checkpoint's directory")
+    if not directory.is_dir():
+        raise ModelError(f"{directory} is no directory; a model is a directory with config.json and safetensors files")
+    return directory

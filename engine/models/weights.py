@@ -1,0 +1,121 @@
+"""The safetensors files of a checkpoint: names and shapes first, then one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pagefork.scheduler.errors import ModelError
+
+from .config import read_json
+
+Shape = tuple[int, ...]
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+_FOREIGN = {
+    (".bin", ".pt", ".pth", ".ckpt"): "pickle files run code when they are opened and are never read; "
+    "save the model again with model.save_pretrained(...), which writes safetensors",
+    (".gguf",): "GGUF is not supported; use the original checkpoint",
+}
+
+
+class Weights:
+    """An open checkpoint, a context manager. Nothing but the files' headers is read before `take`.
+
+    Raises ModelError for files that are missing, damaged, of another format, or outside the directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._files: dict[str, Any] = {}
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, str] = {}
+        owners = _shards(directory)
+        try:
+            for name in dict.fromkeys(owners.values()) if owners else [_SINGLE]:
+                self._open(directory / name, [key for key, owner in owners.items() if owner == name])
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: Path, promised: list[str]) -> None:
+        try:
+            handle: Any = safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is damaged or can't be read: {error}") from None
+        names = set(handle.keys())
+        if lost := [name for name in promised if name not in names]:
+            raise ModelError(f"{_INDEX} says that {path.name} holds {_some(lost)}, but it does not")
+        for name in promised or names:
+            header = handle.get_slice(name)
+            if (kind := header.get_dtype()) not in _FLOATS:
+                raise ModelError(f"{name} is stored as {kind}; supported are {', '.join(_FLOATS)}, quantized weights are not")
+            self._files[name] = handle
+            self.shapes[name] = tuple(header.get_shape())
+            self.dtypes[name] = _FLOATS[kind]
+
+    def check(self, expected: dict[str, Shape], ignored: Iterable[str] = ()) -> None:
+        """Raises ModelError unless the checkpoint has exactly the expected names and shapes; `ignored` names may be there too."""
+        if missing := sorted(expected.keys() - self.shapes.keys()):
+            raise ModelError(f"the checkpoint lacks {_some(missing)}")
+        if left := sorted(self.shapes.keys() - expected.keys() - set(ignored)):
+            raise ModelError(f"the checkpoint has weights that the model does not: {_some(left)}")
+        wrong = [
+            f"{name} is {list(self.shapes[name])}, not {list(shape)}"
+            for name, shape in expected.items()
+            if self.shapes[name] != shape
+        ]
+        if wrong:
+            raise ModelError(f"weights do not fit config.json: {_some(wrong)}")
+
+    def take(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A weight, cast and moved; memory of its own, so that the file's pages can go."""
+        try:
+            weight: Tensor = self._files[name].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{name} can't be read: {error}") from None
+        return weight.to(device=device, dtype=dtype, copy=True)
+
+    def close(self) -> None:
+        self._files.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _shards(directory: Path) -> dict[str, str]:
+    """Which file each weight is in; empty for a checkpoint of a single file."""
+    if (directory / _SINGLE).is_file():
+        return {}
+    if not (directory / _INDEX).is_file():
+        raise ModelError(_no_weights(directory))
+    owners = read_json(directory / _INDEX).get("weight_map")
+    if not isinstance(owners, dict) or not owners or not all(isinstance(name, str) for name in owners.values()):
+        raise ModelError(f"{directory / _INDEX} has no weight_map from weights to files")
+    for name in dict.fromkeys(owners.values()):
+        if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
+            raise ModelError(f"{_INDEX} names {name!r}: a shard is a .safetensors file of the checkpoint's own directory")
+        if not (directory / name).is_file():
+            raise ModelError(f"{directory} lacks {name}, which {_INDEX} names")
+    return owners
+
+
+def _no_weights(directory: Path) -> str:
+    for endings, advice in _FOREIGN.items():
+        if found := sorted(path.name for path in directory.iterdir() if path.suffix in endings):
+            return f"{directory} has its weights in {_some(found)}: {advice}"
+    return f"{directory} has neither {_SINGLE} nor {_INDEX}"
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,49 @@
+"""Philox4x32-10: random numbers that are a pure function of (key, counter), so that no batch can change them.
+
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A round, with the high and low halves of
+32 x 32 bit products:
+
+    c0', c1', c2', c3' = hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0);   k += W
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROUNDS = 10
+_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+def philox4x32(key: Tensor, counter: Tensor) -> Tensor:
+    """Four 32-bit words per column.
+
+    key: int64 [2, B], counter: int64 [4, B], every entry in [0, 2^32). Returns int64 [4, B], entries in [0, 2^32).
+    Raises ValueError for other shapes or types.
+    """
+    if not key.dtype == counter.dtype == torch.int64 or len(key) != 2 or len(counter) != 4 or key.shape[1:] != counter.shape[1:]:
+        given = ", ".join(f"{words.dtype} {list(words.shape)}" for words in (key, counter))
+        raise ValueError(f"key and counter must be int64 [2, B] and [4, B], not {given}")
+    multiplier = key.new_tensor(_MULTIPLIER)[:, None]
+    steps = torch.arange(ROUNDS, device=key.device)[:, None, None]
+    keys = (key + steps * key.new_tensor(_WEYL)[:, None]) & _LOW
+    even, odd = counter[0::2], counter[1::2]
+    for k in keys:
+        product = even * multiplier  # wraps into the sign bit; the shift and mask below undo that
+        even = ((product >> 32) & _LOW).flip(0) ^ odd ^ k
+        odd = (product & _LOW).flip(0)
+    return torch.stack((even[0], odd[0], even[1], odd[1]))
+
+
+def uniform(seed: Tensor, stream: Tensor, position: Tensor) -> Tensor:
+    """One number in [0, 1) per row, float64 [B] with 53 random bits.
+
+    seed, stream, position: int64 [B]. Key = seed, counter = (position, stream low, stream high, 0).
+    """
+    seed, stream, position = (value.to(torch.int64) for value in (seed, stream, position))
+    key = torch.stack((seed & _LOW, (seed >> 32) & _LOW))
+    counter = torch.stack((position & _LOW, stream & _LOW, (stream >> 32) & _LOW, torch.zeros_like(stream)))
+    high, low, _, _ = philox4x32(key, counter)
+    return ((high << 21) | (low >> 11)).double().mul_(2.0**-53)

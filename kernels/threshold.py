@@ -1,0 +1,75 @@
+"""The largest value t of a row such that the entries >= t weigh enough: top-k (every entry weighs 1) and top-p.
+
+Sort-free. A histogram over BUCKETS equal ranges of value gives the range that holds t; its few members are
+gathered and searched again, until they are few enough to sort. Weights are integers held in floats and their sums
+stay below 2^53, so every sum is exact in float64: the result depends neither on the order of summation nor on the
+number of rounds, and no neighbour can change it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .scratch import Scratch
+
+BUCKETS = 4096
+FEW = 2048  # columns that are sorted rather than searched
+ROUNDS = 4  # searches before sorting anyway: ranges of extreme ratio may resist
+_LOWEST = torch.finfo(torch.float32).min
+
+
+def heavy_threshold(
+    values: Tensor, weight: Tensor | None, target: Tensor, reach: Tensor | None, scratch: Scratch, rounds: int = ROUNDS
+) -> Tensor:
+    """The largest t of each row with sum(weight[values >= t]) >= target.
+
+    values: fp32 [R, N] without NaN, each row with a finite maximum. weight: float64 [R, N] of integers (None: ones).
+    target: float64 [R], in (0, sum of weights]. reach: fp32 [R], how far below the maximum t is expected
+    (further away it is found more slowly; None: anywhere). Returns fp32 [R]. Uses the buffers "mask" and "place".
+    """
+    rows, columns = values.shape
+    if columns <= FEW or rounds == 0:
+        return _by_sorting(values, weight, target)
+    high, low = values.amax(-1), values.amin(-1)
+    span = (high - low).clamp_(1e-30, -_LOWEST)
+    if reach is not None:
+        span = torch.minimum(span, reach)
+    bucket = torch.sub(high[:, None], values, out=scratch.like("mask", values))
+    bucket.mul_((BUCKETS / span)[:, None]).clamp_(max=BUCKETS - 1).floor_()
+    first = torch.arange(0, rows * BUCKETS, BUCKETS, dtype=torch.int32, device=values.device)
+    place = scratch.like("place", values, torch.int32).copy_(bucket).add_(first[:, None]).view(-1)
+    mass = torch.bincount(place, None if weight is None else weight.view(-1), minlength=rows * BUCKETS)
+    mass = mass.view(rows, BUCKETS).double().cumsum_(-1)
+    chosen = torch.searchsorted(mass, target[:, None]).clamp_(max=BUCKETS - 1)
+    above = torch.where(chosen > 0, mass.gather(-1, (chosen - 1).clamp_(min=0)), 0.0)
+    constant = (high == low)[:, None]  # nothing to search for: match no bucket
+    bucket.eq_(torch.where(constant, -1, chosen).float())
+    members, member_weight = _gather_members(values, weight, high, bucket)
+    if members.shape[1] == 0:
+        return high
+    found = heavy_threshold(members, member_weight, target - above[:, 0], None, scratch, rounds - 1)
+    return torch.where(constant[:, 0], high, found)
+
+
+def _gather_members(values: Tensor, weight: Tensor | None, default: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Entries where `chosen` [R, N] is not 0, packed to the left [R, M]. Padding: one of the row's own, weightless."""
+    rows = len(values)
+    row, column = chosen.nonzero(as_tuple=True)
+    count = torch.bincount(row, minlength=rows)
+    place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    member = values[row, column].clamp_(min=_LOWEST)
+    padding = default.clone()
+    padding[row] = member
+    members = padding[:, None].repeat(1, int(count.max()))
+    members[row, place] = member
+    member_weight = torch.zeros_like(members, dtype=torch.float64)
+    member_weight[row, place] = 1.0 if weight is None else weight[row, column]
+    return members, member_weight
+
+
+def _by_sorting(values: Tensor, weight: Tensor | None, target: Tensor) -> Tensor:
+    values, order = values.sort(-1, descending=True)
+    mass = (torch.ones_like(values, dtype=torch.float64) if weight is None else weight.gather(-1, order)).cumsum_(-1)
+    chosen = torch.searchsorted(mass, target[:, None]).clamp_(max=values.shape[1] - 1)
+    return values.gather(-1, chosen)[:, 0]
