@@ -113,7 +113,7 @@ class KVManager:
         self.pool.release(np.array(group.trunk, np.int32))
         group.trunk = []
 
-    def rest_on_trunk(self, group: Group, seqs: Ints) -> None:
+    def rest_on_trunk(self, group: Group, seqs: Ints | int) -> None:
         """These sequences hold nothing but the trunk, and are computed just that far."""
         table, blocks = self.table, len(group.trunk)
         table.trunk[seqs] = table.published[seqs] = blocks

@@ -20,7 +20,7 @@ class PrefixCache:
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self._pool = pool
         self._step = 4 * block_size  # bytes of a block's int32 tokens
-        self._block: dict[tuple[int, bytes], int] = {}
+        self._found: dict[tuple[int, bytes], tuple[int, int]] = {}  # block and its uid
         self._key: dict[int, tuple[int, bytes]] = {}
         self._roots: dict[str, int] = {}
         self._uids = count(1)
@@ -38,15 +38,15 @@ class PrefixCache:
         The blocks are pinned here: between finding and holding a block nothing can evict it.
         """
         data = tokens.tobytes()
-        step, find, uids = self._step, self._block.get, self._pool.uid
+        step, find = self._step, self._found.get
         blocks: list[int] = []
         uid = root
         for begin in range(0, max_blocks * step, step):
-            block = find((uid, data[begin : begin + step]))
-            if block is None:
+            entry = find((uid, data[begin : begin + step]))
+            if entry is None:
                 break
+            block, uid = entry
             blocks.append(block)
-            uid = int(uids[block])
         found = np.array(blocks, np.int32)
         self._pool.retain(found)
         return found
@@ -57,11 +57,14 @@ class PrefixCache:
         Where the same content is findable already, that is the block which held it first.
         """
         key = (parent, tokens)
-        known = self._block.setdefault(key, block)
-        if known == block:
-            self._key[block] = key
-            self._pool.publish(block, next(self._uids))
-        return known
+        known = self._found.get(key)
+        if known is not None:
+            return known[0]
+        uid = next(self._uids)
+        self._found[key] = block, uid
+        self._key[block] = key
+        self._pool.publish(block, uid)
+        return block
 
     def _forget(self, block: int) -> None:
-        del self._block[self._key.pop(block)]
+        del self._found[self._key.pop(block)]

@@ -151,12 +151,15 @@ class Residents:
         hit = len(group.trunk) * self.kv.block_size
         self.prefix_queries += tokens
         self.prefix_hits += hit
-        if not group.live:
-            group.cached_tokens = hit
-            group.root()
         group.state = State.RUNNING
         self.running[group.number] = group
         self._widths += group.width
+        if not group.live:
+            group.cached_tokens = hit
+            root = group.root()
+            self.kv.rest_on_trunk(group, root)
+            self.slots.open([root])
+            return
         seqs = table.of(group.number)
         self.kv.rest_on_trunk(group, seqs)
         running = seqs[table.run[seqs]].tolist()
