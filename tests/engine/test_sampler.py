@@ -20,11 +20,18 @@ def opens(slots: list[int], histories: list[list[int]], streams: list[int] | Non
     """Slot i opens with spec i and a history."""
     edges = np.cumsum([0, *map(len, histories)])
     stream = np.array(streams or range(len(slots)), np.int64)
-    return Opens(ints(slots), ints(range(len(slots))), stream, ints(edges[:-1]), ints(edges[1:]), ints(sum(histories, [])))
+    return Opens(
+        ints(slots),
+        ints(range(len(slots))),
+        stream,
+        ints(edges[:-1]),
+        ints(edges[1:]),
+        ints([token for history in histories for token in history]),
+    )
 
 
 def rows(slots: list[int], starts: list[int], tokens: list[list[int]]) -> tuple[Rows, torch.Tensor]:
-    flat: list[int] = sum(tokens, [])
+    flat = [token for row in tokens for token in row]
     offset = ints(np.cumsum([0, *map(len, tokens)]))
     return Rows(ints(slots), ints(starts), offset, ints(flat), ints(np.empty((0, 3)))), torch.tensor(flat, dtype=torch.long)
 
@@ -33,7 +40,9 @@ def probe(kind: Kind, slots: list[int], n: int = 0) -> Probe:
     return Probe(kind=kind, at=ints(range(len(slots))), slot=ints(slots), n=n)
 
 
-def read(sampler: Sampler, logits: torch.Tensor, slots: list[int], position: list[int], kind: Kind = Kind.SAMPLE, n: int = 0) -> Reads:
+def read(
+    sampler: Sampler, logits: torch.Tensor, slots: list[int], position: list[int], kind: Kind = Kind.SAMPLE, n: int = 0
+) -> Reads:
     return sampler.read(logits, probe(kind, slots, n), torch.arange(len(slots)), np.array(position))
 
 
@@ -133,7 +142,8 @@ def test_top_entries_are_ordered_and_have_the_processed_probability(seed: int) -
     found = read(sampler, logits, list(range(SLOTS)), [len(history) - 1 for history in histories], Kind.TOPN, VOCAB + 2)
     assert found.top_id is not None and found.top_logp is not None and found.top_p is not None
     assert found.top_id.shape == (SLOTS, VOCAB + 2)
-    assert (found.top_id[:, VOCAB:] == -1).all() and (found.top_logp[:, VOCAB:] == -np.inf).all() and (found.top_p[:, VOCAB:] == 0).all()
+    for values, padding in ((found.top_id, -1), (found.top_logp, -np.inf), (found.top_p, 0)):
+        assert (values[:, VOCAB:] == padding).all()
     for i, (spec, history) in enumerate(zip(specs, histories, strict=True)):
         x, kept = by_the_book(logits[i].numpy(), history, spec)
         if kept.margin < 1e-6:
@@ -213,7 +223,7 @@ def test_forks_copy_everything_but_the_stream_and_then_go_their_own_way() -> Non
     fresh = opened(built, [history + more for history, more in zip(histories, fed, strict=True)], streams.tolist())
     expected = read(fresh, logits, list(range(20)), position)
     assert (found.token == expected.token).all() and (found.logp == expected.logp).all()
-    if (other := [i for i in range(2, 20) if position[i] > 0]):  # the parents did not notice
+    if other := [i for i in range(2, 20) if position[i] > 0]:  # the parents did not notice
         at = [position[i] - 1 for i in other]
         again = read(opened(built, histories), logits[other], other, at)
         assert (read(sampler, logits[other], other, at).token == again.token).all()
@@ -281,7 +291,8 @@ def test_bad_rows_are_flagged_and_their_neighbours_do_not_notice(greedy: bool) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab", [64, 97])
 def test_logits_of_any_type_are_read_and_not_modified(dtype: torch.dtype, vocab: int) -> None:
-    spec = Spec(prompt_len=1, temperature=0.8, top_p=0.9, repetition_penalty=1.2, logit_bias=((3, 1.0),), bad_words=((5,),), rank=True)
+    stages = {"repetition_penalty": 1.2, "logit_bias": ((3, 1.0),), "bad_words": ((5,),)}
+    spec = Spec(prompt_len=1, temperature=0.8, top_p=0.9, rank=True, **stages)  # type: ignore[arg-type]
     logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(1)).to(dtype)
     before = logits.clone()
     histories = [[1, 2, 3]] * 6
@@ -309,6 +320,12 @@ def test_what_can_not_be_read_is_an_error_that_says_so() -> None:
             read(sampler, torch.zeros(1, VOCAB), [0], [0], kind)
     with pytest.raises(ValueError, match=r"shape \[rows, 97\], not \[1, 98\]"):
         read(sampler, torch.zeros(1, VOCAB + 1), [0], [0])
-    for field in ({"allowed_ids": (97,)}, {"logit_bias": ((-1, 2.0),)}, {"bad_words": ((3, 200),)}, {"end_ids": (99,), "min_tokens": 1}):
+    fields = (
+        {"allowed_ids": (97,)},
+        {"logit_bias": ((-1, 2.0),)},
+        {"bad_words": ((3, 200),)},
+        {"end_ids": (99,), "min_tokens": 1},
+    )
+    for field in fields:
         with pytest.raises(ValueError, match=r"is not in the vocabulary: ids are in \[0, 97\)"):
             opened([Spec(prompt_len=1, **field)], [[]])  # type: ignore[arg-type]

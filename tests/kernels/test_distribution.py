@@ -37,6 +37,14 @@ def test_a_boundary_of_the_cdf_belongs_to_the_next_token() -> None:
         assert build(logits).draw(torch.tensor([u], dtype=torch.float64)).item() == ids[place]
 
 
+def test_the_best_is_the_lowest_of_ties() -> None:
+    generator = torch.Generator().manual_seed(3)
+    for vocab in (1, 64, 65, 4097):
+        coarse = torch.randn(5, vocab, generator=generator).round()
+        for logits in (coarse, coarse * 5e37, torch.zeros(2, vocab)):
+            assert build(logits).best().tolist() == [int(np.argmax(row)) for row in logits.numpy()]
+
+
 def test_whatever_the_number_a_kept_token_is_drawn() -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(4, 999, generator=generator)

@@ -105,7 +105,9 @@ def test_masked_and_bad_rows_pass_through() -> None:
 def test_input_is_neither_modified_nor_returned() -> None:
     logits = rows(640)
     before = logits.clone()
-    for apply, value in ((apply_top_k, 3), (apply_top_k, 0), (apply_top_p, 0.5), (apply_top_p, 1.0), (apply_min_p, 0.5), (apply_temperature, 1.0)):
+    active = ((apply_top_k, 3), (apply_top_p, 0.5), (apply_min_p, 0.5), (apply_temperature, 2.0))
+    neutral = ((apply_top_k, 0), (apply_top_p, 1.0), (apply_min_p, 0.0), (apply_temperature, 1.0))
+    for apply, value in active + neutral:
         found = apply(logits, value)
         assert torch.equal(logits, before)
         assert found.data_ptr() != logits.data_ptr()

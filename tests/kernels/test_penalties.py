@@ -29,7 +29,9 @@ def case(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch
 def test_penalties_equal_the_definition_with_dense_counts() -> None:
     logits, tokens, length, prompt = case()
     rng = np.random.default_rng(0)
-    repetition, frequency, presence = rng.choice([1.0, 0.5, 1.3], ROWS), rng.choice([0.0, 0.7, -2.0], ROWS), rng.choice([0.0, 1.5], ROWS)
+    repetition, frequency, presence = (
+        rng.choice(values, ROWS) for values in ([1.0, 0.5, 1.3], [0.0, 0.7, -2.0], [0.0, 0.0, 1.5])
+    )
     found = apply_penalties(logits, tokens, length, prompt, *map(torch.from_numpy, (repetition, frequency, presence)))
     for row in range(ROWS):
         history = tokens[row, : length[row]].numpy()

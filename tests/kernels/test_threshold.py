@@ -9,7 +9,7 @@ import torch
 from pagefork.kernels.scratch import Scratch
 from pagefork.kernels.threshold import FEW, heavy_threshold
 
-N = 2 * FEW + 77
+N = 2 * FEW + 64
 RNG = np.random.default_rng(7)
 
 

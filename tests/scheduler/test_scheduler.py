@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.harness import Harness
 from support.oracle import VOCAB
-from support.toys import BeamToyParams, LookToyParams
+from support.toys import BeamToyParams, LookToyParams, RolloutToyParams
 
 from pagefork.scheduler.errors import (
     EngineMisuseError,
@@ -24,6 +24,12 @@ from pagefork.scheduler.plan import Kind, Plan, Result
 from pagefork.scheduler.strategies.base import Base, Footprint, Grow, Read, register
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
+GROUPS = [
+    SamplingParams(n=3, max_tokens=12),
+    BeamToyParams(max_tokens=9),
+    LookToyParams(max_tokens=9),
+    RolloutToyParams(depth=6, max_tokens=4),
+]
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -76,6 +82,16 @@ def test_no_full_block_is_ever_copied() -> None:
     harness.runner.submit = watched  # type: ignore[method-assign]
     harness.run()
     assert filled and all(filled)
+
+
+def test_a_published_block_is_not_written_again_by_a_sequence_that_stands_in_the_middle_of_it() -> None:
+    """A rollout fills and publishes the block its root stands in, and goes; the root alone holds it and goes on."""
+    for seed in range(8):
+        harness = Harness(200, 4, 12, 64)
+        for _ in range(2):  # the second run finds what the first one published
+            harness.add(prompt(9, seed), RolloutToyParams(branch=3, depth=8, max_tokens=4))
+            harness.run()
+        harness.assert_expected()
 
 
 def test_a_repeated_prompt_computes_only_what_the_cache_lacks() -> None:
@@ -168,9 +184,7 @@ def test_a_wide_group_is_bypassed_only_so_often() -> None:
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize(
-    "params", [GREEDY, SamplingParams(n=3, max_tokens=12), BeamToyParams(max_tokens=9), LookToyParams(max_tokens=9)]
-)
+@pytest.mark.parametrize("params", [GREEDY, *GROUPS])
 def test_abort_after_any_number_of_steps_releases_everything_and_touches_nobody_else(params: CommonParams, lag: int) -> None:
     for steps in range(16):
         harness = Harness(60, 4, 12, 16, lag=lag)
@@ -186,7 +200,7 @@ def test_abort_after_any_number_of_steps_releases_everything_and_touches_nobody_
         harness.assert_expected()
 
 
-@pytest.mark.parametrize("params", [SamplingParams(n=3, max_tokens=12), BeamToyParams(max_tokens=9), LookToyParams(max_tokens=9)])
+@pytest.mark.parametrize("params", GROUPS)
 def test_a_group_preempted_after_any_number_of_steps_gives_the_same_tokens(params: CommonParams) -> None:
     for lag in (0, 1):
         for steps in range(16):

@@ -7,7 +7,7 @@ import random
 import pytest
 from support.harness import Harness
 from support.oracle import VOCAB
-from support.toys import BeamToyParams, LookToyParams
+from support.toys import BeamToyParams, LookToyParams, RolloutToyParams
 
 from pagefork.scheduler.params import CommonParams, SamplingParams
 
@@ -19,8 +19,10 @@ def some_params(rng: random.Random) -> CommonParams:
         return SamplingParams(n=rng.choice([1, 1, 2, 3, 4]), max_tokens=count, frequency_penalty=penalty)
     if kind < 0.65:
         return SamplingParams(temperature=0, max_tokens=count, frequency_penalty=penalty)
-    if kind < 0.85:
+    if kind < 0.8:
         return BeamToyParams(width=rng.randint(1, 5), max_tokens=count, frequency_penalty=penalty)
+    if kind < 0.9:
+        return RolloutToyParams(branch=rng.randint(1, 3), depth=rng.randint(1, 6), max_tokens=rng.randint(1, 8))
     return LookToyParams(branch=rng.randint(1, 4), max_tokens=count, frequency_penalty=penalty)
 
 

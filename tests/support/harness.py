@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from support.oracle import OracleRunner, continuation
-from support.toys import BeamToyParams, LookToyParams, beam_reference, look_reference, value
+from support.toys import BeamToyParams, LookToyParams, RolloutToyParams, beam_reference, look_reference, rollout_reference, value
 
 from pagefork.scheduler.edits import Update
 from pagefork.scheduler.errors import PageforkError
@@ -61,6 +61,8 @@ class Harness:
                 expected = beam_reference(prompt, spec, params.width, count)
             case LookToyParams():
                 expected = [look_reference(prompt, spec, params.branch, count)]
+            case RolloutToyParams():
+                expected = [rollout_reference(prompt, spec, params.branch, params.depth, count)]
             case _:
                 expected = []
         self.requests[name] = Tracked(expected, [[] for _ in range(outputs)])

@@ -153,3 +153,73 @@ def look_reference(prompt: list[int], spec: Spec, branch: int, length: int) -> l
         best = top[0] if len(tokens) == length - 1 else top[int(np.argmax([value([*tokens, t]) for t in top]))]
         tokens.append(best)
     return tokens
+
+
+class RolloutToyParams(CommonParams, frozen=True, kw_only=True):
+    """Each token is the one of `branch` whose greedy continuation over `depth` tokens is the most probable."""
+
+    branch: int = 2
+    depth: int = 3
+
+
+@register
+class RolloutToy(Base):
+    """Throws away one rollout after another from a parked root, so blocks that others filled are written again."""
+
+    params: ClassVar[type[CommonParams]] = RolloutToyParams
+
+    def __init__(self, request: Request) -> None:
+        assert isinstance(request.params, RolloutToyParams)
+        self.settings = request.params
+        self.length = request.room
+        self.root = -1
+        self.top: list[int] = []
+        self.scores: list[float] = []
+        self.steps = 0
+        self.count = 0
+
+    def footprint(self) -> Footprint:
+        return Footprint(1)
+
+    def probe(self, group: Group, seqs: Ids) -> list[Read]:
+        return [Read(Kind.TOPN, seqs, n=self.settings.branch)]
+
+    def advance(self, group: Group, seqs: Ids, reads: list[Any]) -> list[Edit]:
+        seq, ids, logps = int(seqs[0]), reads[0].top_id[0].tolist(), reads[0].top_logp[0].tolist()
+        if self.root in (-1, seq):
+            self.root, self.top, self.scores = seq, ids, []
+            return self._rollout(group)
+        self.scores[-1] += logps[0]
+        self.steps += 1
+        if self.steps < self.settings.depth:
+            return [Grow([seq], [ids[0]], [seq])]
+        if len(self.scores) < len(self.top):
+            return [Drop([seq]), *self._rollout(group)]
+        token = self.top[int(np.argmax(self.scores))]
+        self.count += 1
+        edits: list[Edit] = [Drop([seq]), Emit(0, [token], [0.0])]
+        if self.count == self.length:
+            return [*edits, Finish(0, "length"), Drop([self.root])]
+        return [*edits, Grow([self.root], [token], [self.root])]
+
+    def _rollout(self, group: Group) -> list[Edit]:
+        token = self.top[len(self.scores)]
+        self.scores.append(0.0)
+        self.steps = 0
+        return [Grow([self.root], [token], group.fresh(1))]
+
+
+def rollout_reference(prompt: list[int], spec: Spec, branch: int, depth: int, length: int) -> list[int]:
+    """What RolloutToy must return, from the oracle's model alone."""
+    tokens: list[int] = []
+    for _ in range(length):
+        found = []
+        for first in np.argsort(-scores([*prompt, *tokens], spec), kind="stable")[:branch].tolist():
+            path, score = [*prompt, *tokens, first], 0.0
+            for _ in range(depth):
+                values = scores(path, spec)
+                path.append(int(np.argmax(values)))
+                score += float(np.float32(values.max()))
+            found.append((score, first))
+        tokens.append(found[int(np.argmax([score for score, _ in found]))][1])
+    return tokens

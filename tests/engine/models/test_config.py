@@ -118,6 +118,7 @@ def test_windows_are_per_layer_as_in_transformers(tmp_path: Path) -> None:
         layered = saved(tmp_path, family, **window, use_sliding_window=True, layer_types=kinds)
         assert layered.windows == (100, None) and layered.sliding_window == 100
     assert parse_config({**QWEN2, **window, "use_sliding_window": True}).windows == (None, 100)
+    assert parse_config({**QWEN2, **window}).windows == (None, None)
 
 
 def test_end_tokens_of_both_files_are_merged(tmp_path: Path) -> None:

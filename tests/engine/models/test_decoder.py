@@ -137,7 +137,7 @@ def test_half_precision_stays_near_the_same_weights_in_float32(tmp_path: Path, d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bits_of_a_row_do_not_depend_on_its_neighbours(tmp_path: Path, dtype: torch.dtype) -> None:
     """Attention sums per row, and linear layers see at least two rows: so rows may come and go."""
-    make_checkpoint(tmp_path, "llama", dtype=dtype, hidden_size=192, intermediate_size=1536)
+    make_checkpoint(tmp_path, "llama", dtype=dtype, hidden_size=1536, intermediate_size=1536, head_dim=32)
     model = load_model(tmp_path, dtype, CPU)
     cuts = [130, 120, 20, 15, 5, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
 
