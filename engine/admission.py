@@ -43,7 +43,8 @@ class Admission:
         ids = self._tokens(prompt)
         if len(ids) >= self._max_model_len:
             raise InvalidRequestError(
-                f"the prompt has {len(ids)} tokens; max_model_len={self._max_model_len} allows at most {self._max_model_len - 1}, to leave room for an output"
+                f"the prompt has {len(ids)} tokens; max_model_len={self._max_model_len} allows at most "
+                f"{self._max_model_len - 1}, to leave room for an output"
             )
         room = self._max_model_len - len(ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)

@@ -77,7 +77,8 @@ def build(config: EngineConfig) -> Built:
     capacity = (num_blocks - 1) * config.block_size
     if config.max_model_len is not None and capacity < length:
         raise ConfigError(
-            f"max_model_len={length} does not fit in the cache of {capacity} tokens: lower it, or raise num_blocks or kv_cache_memory"
+            f"max_model_len={length} does not fit in the cache of {capacity} tokens: lower it, "
+            "or raise num_blocks or kv_cache_memory"
         )
     length = min(length, capacity)
     cache = KVCache(model_config, num_blocks, config.block_size, dtype, device)

@@ -34,6 +34,6 @@ def locate(model: str, revision: str | None = None) -> Path:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
-    except Exception as error:  # noqa: BLE001 - network, authentication, offline and not-found errors share no base
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model {model!r} is no directory, and the hub did not give it: {reason}") from error

@@ -19,7 +19,7 @@ from pagefork.kernels.filters import GREEDY
 from pagefork.kernels.philox import uniform
 from pagefork.kernels.sample import choose
 from pagefork.kernels.scratch import Scratch, chunks, widened
-from pagefork.kernels.top_logprobs import best_id, best_ids, padded, token_rank
+from pagefork.kernels.top_logprobs import best_ids, padded, token_rank
 from pagefork.scheduler.plan import Bools, Forks, Ints, Kind, Opens, Probe, Reads, Rows, Spec
 
 from .slot_state import SlotState
@@ -93,9 +93,9 @@ class Sampler:
         scales: list[tuple[Scale, Scale]] = []
         for cut, part in self._parts(logits, probe.slot, index, position):
             model, dist = self._distributions(part, shaped[cut])
-            processed = model if dist is None else dist.scale()
-            bad = model.bad | (processed.bad if dist is not None else ~part.adjusted.amax(-1).isfinite())
-            token = best_id(part.adjusted) if dist is None else choose(dist, self._tensor(greedy[cut]), number[cut])
+            token = choose(dist, self._tensor(greedy[cut]), number[cut])
+            processed = dist.scale() if shaped[cut].any() else model
+            bad = model.bad | dist.bad
             token.masked_fill_(bad, 0)
             logp = self._log_probs(part, model, processed, token[:, None])[:, 0].masked_fill_(bad, 0.0)
             rank = self._ranks(part, token) if ranked[cut].any() else torch.zeros_like(token)
@@ -114,7 +114,6 @@ class Sampler:
         for cut, part in self._parts(logits, probe.slot, index, position):
             if known is None:
                 model, dist = self._distributions(part, np.ones(len(part.fields), np.bool_))
-                assert dist is not None
                 processed = dist.scale()
             else:
                 model, processed = (scale.pick(cut) for scale in known)
@@ -144,22 +143,18 @@ class Sampler:
         out = self._scratch.take("gathered", (len(index), logits.shape[1]), logits.dtype, logits.device)
         return torch.index_select(logits, 0, index, out=out)
 
-    def _distributions(self, part: _Part, shaped: Bools) -> tuple[Scale, Distribution | None]:
-        """The model's distribution; the processed one where `shaped` (else it means nothing), at temperature 1 where greedy."""
+    def _distributions(self, part: _Part, shaped: Bools) -> tuple[Scale, Distribution]:
+        """The model's distribution; the processed one where `shaped`, elsewhere only its best token means anything."""
         model = Distribution(part.logits, None, self._scratch)
         scale = model.scale()
-        if not shaped.any():
-            return scale, None
         fields = part.fields
         heat = np.where(shaped & (fields["temperature"] >= GREEDY), fields["temperature"], np.float32(1))
-        cold = bool((heat == 1).all())
-        same = cold and part.adjusted is part.logits
-        dist = model if same else Distribution(part.adjusted, None if cold else self._tensor(heat), self._scratch)
-        dist.restrict(
-            self._tensor(np.where(shaped, fields["top_k"], 0)),
-            self._tensor(np.where(shaped, fields["top_p"], 1.0)),
-            self._tensor(np.where(shaped, fields["min_p"], 0.0)),
-        )
+        plain = bool((heat == 1).all())
+        same = plain and part.adjusted is part.logits
+        dist = model if same else Distribution(part.adjusted, None if plain else self._tensor(heat), self._scratch)
+        if shaped.any():
+            limits = (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))
+            dist.restrict(*(self._tensor(np.where(shaped, fields[name], off)) for name, off in limits))
         return scale, dist
 
     def _log_probs(self, part: _Part, model: Scale, processed: Scale, ids: Tensor) -> Tensor:

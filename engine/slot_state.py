@@ -73,10 +73,15 @@ class SlotState:
             numbers = (getattr(spec, name) for name, _ in _COPIED)
             self.fields[slot] = (*numbers, np.uint64(spec.seed % 2**64).astype(np.int64), stream)
             words = [(token, back) for word in spec.bad_words for back, token in enumerate(reversed(word))]
-            items = np.array(spec.end_ids if spec.min_tokens else (), np.int64), np.array(spec.allowed_ids or (), np.int64)
-            for lists, item in zip(self._lists, (*items, np.array(list(spec.logit_bias), _BIAS), np.array(list(words), _WORD)), strict=True):
-                self._check(item if item.dtype.names is None else item["token"])
-                lists.set(slot, item)
+            listed: tuple[NDArray[Any], ...] = (
+                np.array(spec.end_ids if spec.min_tokens else (), np.int64),
+                np.array(spec.allowed_ids or (), np.int64),
+                np.array(list(spec.logit_bias), _BIAS),  # a list of tuples: a tuple would be one record
+                np.array(words, _WORD),
+            )
+            for lists, items in zip(self._lists, listed, strict=True):
+                self._check(items["token"] if items.dtype.names else items)
+                lists.set(slot, items)
         count = np.where(self.fields["history"][opens.slot], opens.end - opens.begin, 0)
         row = np.repeat(np.arange(len(count)), count)
         column = np.arange(len(row)) - (count.cumsum() - count)[row]
@@ -103,7 +108,6 @@ class SlotState:
         ends, allowed, bias, words = (
             lists.gather(slot, wanted) for lists, wanted in zip(self._lists, (ends_banned, None, None, None), strict=True)
         )
-        penalties = [self._tensor(fields[f"{name}_penalty"]) for name in ("repetition", "frequency", "presence")]
         ngram = fields["no_repeat_ngram_size"]
         if not (fields["history"].any() or any(len(row) for row, _ in (ends, allowed, bias, words))):
             return logits
@@ -122,7 +126,8 @@ class SlotState:
             row, item = bias
             apply_logit_bias(out, *map(self._tensor, (row, item["token"], item["bias"])), out=out)
         if fields["history"].any():
-            apply_penalties(out, tokens, length_held, self._tensor(fields["prompt_len"]), *penalties, out=out)
+            names = ("prompt_len", "repetition_penalty", "frequency_penalty", "presence_penalty")
+            apply_penalties(out, tokens, length_held, *(self._tensor(fields[name]) for name in names), out=out)
         return out
 
     def _histories(self, slot: Ints, length: NDArray[Any]) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ class Tokenizer:
                 from transformers import AutoTokenizer
 
                 return cls(AutoTokenizer.from_pretrained(directory, trust_remote_code=False).backend_tokenizer)
-        except Exception as error:  # noqa: BLE001 - the libraries raise bare Exception, ValueError, OSError, ...
+        except Exception as error:
             raise ModelError(f"the tokenizer in {directory} can't be loaded: {error}") from error
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def test_outputs_grow_step_by_step_and_end_once(engine: LLMEngine) -> None:
     while engine.has_unfinished_requests():
         seen += engine.step()
     assert [len(output.outputs[0].token_ids) for output in seen] == list(range(1, 11))
-    assert all(after.outputs[0].text.startswith(before.outputs[0].text) for before, after in zip(seen, seen[1:], strict=False))
+    assert all(after.outputs[0].text.startswith(before.outputs[0].text) for before, after in pairwise(seen))
     assert [output.finished for output in seen] == [False] * 9 + [True]
     metrics = seen[-1].metrics
     assert metrics.first_token_time and metrics.finished_time

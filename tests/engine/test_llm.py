@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -113,10 +114,10 @@ def test_stop_token_ids_end_tokens_and_min_tokens(demo: LLM) -> None:
 
 def test_bans_bias_and_ngrams_show_in_the_tokens(demo: LLM) -> None:
     plain = run(demo, PROMPTS[0], GREEDY.replace(max_tokens=40))[0].outputs[0]
-    assert len(set(zip(plain.token_ids, plain.token_ids[1:], strict=False))) < 39
+    assert len(set(pairwise(plain.token_ids))) < 39
     fresh = run(demo, PROMPTS[0], GREEDY.replace(max_tokens=40, no_repeat_ngram_size=2))[0]
     tokens = fresh.prompt_token_ids + fresh.outputs[0].token_ids
-    pairs = list(zip(tokens, tokens[1:], strict=False))
+    pairs = list(pairwise(tokens))
     assert len(set(pairs)) == len(pairs)
     forced = run(demo, PROMPTS[0], GREEDY.replace(logit_bias={77: 100.0}))[0].outputs[0]
     assert forced.token_ids == [77] * 12
@@ -125,7 +126,9 @@ def test_bans_bias_and_ngrams_show_in_the_tokens(demo: LLM) -> None:
     for length in (1, 2):  # a word of one token, and one whose last token is banned only after the first
         parts = [plain.token_ids[i : i + length] for i in range(12 - length)]
         words = [demo.engine.tokenizer.decode(part) for part in parts]
-        part, word = next(pair for pair in zip(parts, words, strict=True) if demo.engine.tokenizer.encode_plain(pair[1]) == pair[0])
+        part, word = next(
+            pair for pair in zip(parts, words, strict=True) if demo.engine.tokenizer.encode_plain(pair[1]) == pair[0]
+        )
         banned = run(demo, PROMPTS[2], GREEDY.replace(max_tokens=40, bad_words=[word]))[0].outputs[0].token_ids
         assert not _contains(banned, part)
 
@@ -153,8 +156,10 @@ def test_logprobs_are_those_of_the_tokens(demo: LLM) -> None:
 
 def test_params_none_means_the_models_generation_config(demo: LLM) -> None:
     assert demo.default_params().greedy
-    assert run(demo, PROMPTS[0], None)[0].outputs[0].token_ids == run(demo, PROMPTS[0])[0].outputs[0].token_ids[:12] + (
-        run(demo, PROMPTS[0], SamplingParams(temperature=0))[0].outputs[0].token_ids[12:]
+    assert (
+        run(demo, PROMPTS[0], None)[0].outputs[0].token_ids
+        == run(demo, PROMPTS[0])[0].outputs[0].token_ids[:12]
+        + (run(demo, PROMPTS[0], SamplingParams(temperature=0))[0].outputs[0].token_ids[12:])
     )
 
 
@@ -223,7 +228,11 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("/no/such/directory", "there is no such directory"), ("./nowhere", "no such directory"), ("pyproject.toml", "is a file|no directory")],
+    [
+        ("/no/such/directory", "there is no such directory"),
+        ("./nowhere", "no such directory"),
+        ("pyproject.toml", "is a file|no directory"),
+    ],
 )
 def test_a_model_that_is_not_there_is_an_error(model: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):

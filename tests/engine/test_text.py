@@ -45,7 +45,10 @@ def test_a_long_run_of_bytes_that_are_no_character_is_not_held_back_for_ever() -
     assert any(pieces([byte] * 40)[:20])
 
 
-@given(st.text(alphabet="abAB \n€𝄞", max_size=30), st.lists(st.text(alphabet="abAB \n€𝄞", min_size=1, max_size=4), min_size=1, max_size=3))
+@given(
+    st.text(alphabet="abAB \n€𝄞", max_size=30),
+    st.lists(st.text(alphabet="abAB \n€𝄞", min_size=1, max_size=4), min_size=1, max_size=3),
+)
 @settings(max_examples=300, deadline=None)
 def test_a_stop_text_is_hit_with_the_token_that_completes_it(text: str, stop: list[str]) -> None:
     rules = StopTexts(TOKENIZER, stop, skip_special_tokens=True)
@@ -81,12 +84,15 @@ def test_states_are_shared_by_forks() -> None:
         ("abc", ["d"], 0, None),
     ],
 )
-def test_the_stop_text_that_is_complete_first_wins(text: str, stop: list[str], after: int, expected: tuple[int, str] | None) -> None:
+def test_the_stop_text_that_is_complete_first_wins(
+    text: str, stop: list[str], after: int, expected: tuple[int, str] | None
+) -> None:
     assert first_stop(text, stop, after) == expected
 
 
 @pytest.mark.parametrize(
-    ("text", "stop", "count"), [("abc", ["cd"], 1), ("ab\n", ["\n\n"], 1), ("xab", ["abc", "b!"], 2), ("abc", ["x"], 0), ("", ["x"], 0)]
+    ("text", "stop", "count"),
+    [("abc", ["cd"], 1), ("ab\n", ["\n\n"], 1), ("xab", ["abc", "b!"], 2), ("abc", ["x"], 0), ("", ["x"], 0)],
 )
 def test_only_what_could_begin_a_stop_text_is_held_back(text: str, stop: list[str], count: int) -> None:
     assert held_back(text, stop) == count

@@ -231,7 +231,7 @@ def test_a_request_that_can_never_run_is_refused_with_the_setting_to_change() ->
     harness = Harness(20, 4, 12, 200)
     with pytest.raises(InvalidRequestError, match=r"13 sequences.*max_num_seqs allows 12"):
         harness.scheduler.validate(_request(harness, prompt(4), SamplingParams(n=13)))
-    with pytest.raises(InvalidRequestError, match="needs 21 cache blocks.*the cache has 19"):
+    with pytest.raises(InvalidRequestError, match=r"needs 21 cache blocks.*the cache has 19"):
         harness.scheduler.validate(_request(harness, prompt(80), SamplingParams()))
     harness.add(prompt(4), GREEDY)
     with pytest.raises(InvalidRequestError, match="'0' is in use"):

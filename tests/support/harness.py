@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from support.oracle import OracleRunner, continuation
-from support.toys import BeamToyParams, LookToyParams, RolloutToyParams, beam_reference, look_reference, rollout_reference, value
 
 from pagefork.scheduler.edits import Update
 from pagefork.scheduler.errors import PageforkError
@@ -16,6 +14,8 @@ from pagefork.scheduler.plan import Spec
 from pagefork.scheduler.request import Request
 from pagefork.scheduler.scheduler import Scheduler
 from pagefork.scheduler.strategies.base import Emit
+from support.oracle import OracleRunner, continuation
+from support.toys import BeamToyParams, LookToyParams, RolloutToyParams, beam_reference, look_reference, rollout_reference, value
 
 
 @dataclass

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import numpy as np
-from support.oracle import mix, scores
 
 from pagefork.scheduler.group import Group
 from pagefork.scheduler.params import CommonParams
 from pagefork.scheduler.plan import Kind, Spec
 from pagefork.scheduler.request import Request
 from pagefork.scheduler.strategies.base import Ask, Base, Drop, Edit, Emit, Finish, Footprint, Grow, Ids, Read, register
+from support.oracle import mix, scores
 
 
 class BeamToyParams(CommonParams, frozen=True, kw_only=True):
