@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from support.fake import FakeRunner  # noqa: E402
+from support.fake import FakeRunner
 
 from pagefork.scheduler.params import SamplingParams
 from pagefork.scheduler.plan import Spec
@@ -127,5 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-
     main()

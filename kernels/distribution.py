@@ -52,11 +52,13 @@ class Distribution:
     """
 
     def __init__(self, values: Tensor, temperature: Tensor | None, scratch: Scratch) -> None:
-        top = values.amax(-1)
+        self.group_tops = values.view(len(values), -1, GROUP).amax(-1)
+        top = self.group_tops.amax(-1)
         self.bad = ~torch.isfinite(top)
         if bool(self.bad.any()):  # a harmless row in its place
-            values = values.masked_fill(self.bad[:, None], -torch.inf)
-            values[:, 0].masked_fill_(self.bad, 0.0)
+            for tensor in (self.group_tops, values := values.clone()):
+                tensor.masked_fill_(self.bad[:, None], -torch.inf)
+                tensor[:, 0].masked_fill_(self.bad, 0.0)
             top = top.masked_fill(self.bad, 0.0)
         self.values, self.top, self.temperature, self.scratch = values, top, temperature, scratch
         self.floor: Tensor | None = None
@@ -80,9 +82,14 @@ class Distribution:
         return self.weight.amax(-1).double()
 
     @cached_property
+    def cumulative(self) -> Tensor:
+        """The mass up to the end of every group of tokens, float64 [B, W / GROUP]."""
+        return self.exact.view(len(self.exact), -1, GROUP).sum(-1).cumsum_(-1)
+
+    @property
     def mass(self) -> Tensor:
         """The sum of the weights, float64 [B]."""
-        return self.exact.sum(-1)
+        return self.cumulative[:, -1]
 
     def scale(self) -> Scale:
         """What log-probs need, of the distribution as restricted so far."""
@@ -94,8 +101,9 @@ class Distribution:
         """Takes out what `find_floor` says. Once only."""
         self.floor = self.find_floor(top_k, top_p, min_p)
         if self.floor is not None:
-            self.exact.copy_(self.weight.mul_(self._at_least(self.values, self.floor)))
-            self.mass = self.exact.sum(-1)
+            self.weight.mul_(self._at_least(self.values, self.floor))
+            for stale in ("exact", "cumulative"):
+                self.__dict__.pop(stale, None)
 
     def find_floor(self, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor | None:
         """The smallest value that passes top-k, then top-p of the remaining mass, then min-p; None where all are off.
@@ -112,15 +120,19 @@ class Distribution:
             floors += self._rank_floors(torch.where(limited, top_k, 0), top_p)
         return torch.stack(floors).amax(0) if floors else None
 
+    def best(self) -> Tensor:
+        """The most probable token, the lowest id of ties, int64 [B]."""
+        group = self.group_tops.argmax(-1)  # an argmax over all tokens is not vectorised on a CPU
+        inside = self.values.view(len(self.values), -1, GROUP).gather(1, group[:, None, None].expand(-1, 1, GROUP))[:, 0]
+        return group * GROUP + inside.argmax(-1)
+
     def draw(self, uniform: Tensor) -> Tensor:
         """The first token id whose cumulative mass, in id order, exceeds uniform * mass. uniform: float64 [B] in [0, 1)."""
-        groups = self.exact.view(len(self.exact), -1, GROUP)
-        cumulative = groups.sum(-1).cumsum_(-1)
-        mass = cumulative[:, -1:]
+        mass = self.mass[:, None]
         aim = torch.minimum((uniform[:, None] * mass).floor_(), mass - 1)
-        group = torch.searchsorted(cumulative, aim, right=True)
-        before = torch.where(group > 0, cumulative.gather(-1, (group - 1).clamp_(min=0)), 0.0)
-        inside = groups.gather(1, group[:, :, None].expand(-1, -1, GROUP))[:, 0].cumsum_(-1)
+        group = torch.searchsorted(self.cumulative, aim, right=True)
+        before = torch.where(group > 0, self.cumulative.gather(-1, (group - 1).clamp_(min=0)), 0.0)
+        inside = self.exact.view(len(self.exact), -1, GROUP).gather(1, group[:, :, None].expand(-1, -1, GROUP))[:, 0].cumsum_(-1)
         return (group * GROUP + torch.searchsorted(inside, aim - before, right=True))[:, 0]
 
     def _min_p_floor(self, min_p: Tensor) -> Tensor:

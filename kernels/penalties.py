@@ -1,7 +1,7 @@
 """Repetition, frequency and presence penalties, from the token histories themselves: no count per vocabulary entry is kept.
 
-    repetition r, over prompt and output:   x = x / r if x > 0 else x * r        (Keskar et al. 2019, Hugging Face)
-    frequency f, presence q, over output:   x -= f * count + q * (count > 0)     (OpenAI, vLLM)
+repetition r, over prompt and output:   x = x / r if x > 0 else x * r        (Keskar et al. 2019, Hugging Face)
+frequency f, presence q, over output:   x -= f * count + q * (count > 0)     (OpenAI, vLLM)
 """
 
 from __future__ import annotations

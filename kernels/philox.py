@@ -27,13 +27,11 @@ def philox4x32(key: Tensor, counter: Tensor) -> Tensor:
         given = ", ".join(f"{words.dtype} {list(words.shape)}" for words in (key, counter))
         raise ValueError(f"key and counter must be int64 [2, B] and [4, B], not {given}")
     multiplier = key.new_tensor(_MULTIPLIER)[:, None]
-    steps = torch.arange(ROUNDS, device=key.device)[:, None, None]
-    keys = (key + steps * key.new_tensor(_WEYL)[:, None]) & _LOW
+    rounds = torch.arange(ROUNDS, device=key.device)[:, None, None]
     even, odd = counter[0::2], counter[1::2]
-    for k in keys:
-        product = even * multiplier  # wraps into the sign bit; the shift and mask below undo that
-        even = ((product >> 32) & _LOW).flip(0) ^ odd ^ k
-        odd = (product & _LOW).flip(0)
+    for k in (key + rounds * key.new_tensor(_WEYL)[:, None]).unbind():
+        product = (even * multiplier).flip(0)  # wraps into the sign bit, which the masks undo
+        odd, even = product & _LOW, (product >> 32).bitwise_xor_(odd).bitwise_xor_(k).bitwise_and_(_LOW)
     return torch.stack((even[0], odd[0], even[1], odd[1]))
 
 
@@ -46,4 +44,5 @@ def uniform(seed: Tensor, stream: Tensor, position: Tensor) -> Tensor:
     key = torch.stack((seed & _LOW, (seed >> 32) & _LOW))
     counter = torch.stack((position & _LOW, stream & _LOW, (stream >> 32) & _LOW, torch.zeros_like(stream)))
     high, low, _, _ = philox4x32(key, counter)
-    return ((high << 21) | (low >> 11)).double().mul_(2.0**-53)
+    bits: Tensor = (high << 21) | (low >> 11)
+    return bits.double().mul_(2.0**-53)

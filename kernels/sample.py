@@ -16,7 +16,6 @@ from .distribution import Distribution
 from .filters import GREEDY, check_min_p, check_temperature, check_top_k, check_top_p
 from .philox import uniform
 from .scratch import Scratch, chunks, widened
-from .top_logprobs import best_id
 
 
 class Sample(NamedTuple):
@@ -62,6 +61,6 @@ def sample(
 def choose(dist: Distribution, greedy: Tensor, numbers: Tensor) -> Tensor:
     """int64 [B]: the best token where `greedy` (bool [B]), else the draw of `numbers` (float64 [B] in [0, 1)); 0 in bad rows."""
     if bool(greedy.all()):
-        return best_id(dist.values)
+        return dist.best()
     drawn = dist.draw(numbers)
-    return torch.where(greedy, best_id(dist.values), drawn) if bool(greedy.any()) else drawn
+    return torch.where(greedy, dist.best(), drawn) if bool(greedy.any()) else drawn

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .scratch import Scratch
+from .scratch import GROUP, Scratch
 
 BUCKETS = 4096
 FEW = 2048  # columns that are sorted rather than searched
@@ -24,7 +24,8 @@ def heavy_threshold(
 ) -> Tensor:
     """The largest t of each row with sum(weight[values >= t]) >= target.
 
-    values: fp32 [R, N] without NaN, each row with a finite maximum. weight: float64 [R, N] of integers (None: ones).
+    values: fp32 [R, N] without NaN, N a multiple of GROUP, each row with a finite maximum.
+    weight: float64 [R, N] of integers (None: ones).
     target: float64 [R], in (0, sum of weights]. reach: fp32 [R], how far below the maximum t is expected
     (further away it is found more slowly; None: anywhere). Returns fp32 [R]. Uses the buffers "mask" and "place".
     """
@@ -54,14 +55,16 @@ def heavy_threshold(
 
 def _gather_members(values: Tensor, weight: Tensor | None, default: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Entries where `chosen` [R, N] is not 0, packed to the left [R, M]. Padding: one of the row's own, weightless."""
-    rows = len(values)
-    row, column = chosen.nonzero(as_tuple=True)
-    count = torch.bincount(row, minlength=rows)
+    groups = chosen.view(len(values), -1, GROUP)
+    row, group = groups.amax(-1).nonzero(as_tuple=True)  # few groups have members: several times faster than all columns
+    which, lane = groups[row, group].nonzero(as_tuple=True)
+    row, column = row[which], group[which] * GROUP + lane
+    count = torch.bincount(row, minlength=len(values))
     place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
     member = values[row, column].clamp_(min=_LOWEST)
     padding = default.clone()
     padding[row] = member
-    members = padding[:, None].repeat(1, int(count.max()))
+    members = padding[:, None].repeat(1, -(-int(count.max()) // GROUP) * GROUP)
     members[row, place] = member
     member_weight = torch.zeros_like(members, dtype=torch.float64)
     member_weight[row, place] = 1.0 if weight is None else weight[row, column]

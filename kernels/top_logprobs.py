@@ -38,14 +38,6 @@ def padded(values: Tensor, n: int, fill: float) -> Tensor:
     return torch.nn.functional.pad(values, (0, n - values.shape[1]), value=fill)
 
 
-def best_id(values: Tensor) -> Tensor:
-    """The argmax of each row, int64 [B]; ties to the lowest id. values: fp32 [B, W] from `widened`."""
-    groups = values.view(len(values), -1, GROUP)  # maxima of groups are vectorised on a CPU, argmax is not
-    group = groups.amax(-1).argmax(-1)
-    inside = groups.gather(1, group[:, None, None].expand(-1, 1, GROUP))[:, 0]
-    return group * GROUP + inside.argmax(-1)
-
-
 def best_ids(values: Tensor, n: int) -> Tensor:
     """The ids of the n <= W largest values of each row of fp32 [B, W]: int64 [B, n], descending, ties to the lower id."""
     if n == 0:

@@ -1,0 +1,63 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer; the environment goes to .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-long test-gpu lint format docs wheel bench clean
+export PYTHONSAFEPATH := 1
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.installed
+SUPPORTED := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
+# The first interpreter that is new enough; `make PYTHON=/path/to/python3` takes another one.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$p -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo $$p; break; }; done)
+
+help:  ## say what can be made
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(READY)  ## complete four prompts, forked, in one batch on the demo model
+	@$(VENV)/bin/pagefork demo
+
+test: $(READY)  ## run the tests
+	@$(RUN) -m pytest
+
+test-long: $(READY)  ## run the tests that take minutes
+	@$(RUN) -m pytest -m long
+
+test-gpu: $(READY)  ## run the tests that need a CUDA device
+	@$(RUN) -m pytest -m gpu
+
+lint: $(READY)  ## ruff and mypy --strict
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	@rm -rf build/typed && mkdir -p build/typed/pagefork
+	@ln -s "$(CURDIR)"/engine/* "$(CURDIR)/kernels" "$(CURDIR)/scheduler" build/typed/pagefork/
+	$(RUN) -m mypy -p pagefork
+	$(RUN) -m mypy benchmarks docs
+
+format: $(READY)  ## rewrite the files as `make lint` wants them
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+docs: $(READY)  ## write the tables of parameters in docs/ from the code
+	$(RUN) docs/tables.py
+
+wheel: $(READY)  ## build the wheel into dist/
+	@rm -rf dist build/lib build/bdist.*
+	$(RUN) -m build --wheel --no-isolation
+
+bench: $(READY)  ## compare the throughput with transformers; takes minutes
+	$(RUN) benchmarks/throughput.py
+
+clean:  ## remove what was made, but for the environment in .venv
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find engine kernels scheduler tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@'$(PYTHON)' -c '$(SUPPORTED)' 2>/dev/null || { echo "Pagefork needs Python 3.11 or newer with venv and pip," \
+		"found '$(PYTHON)'; name one by: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Installing into $(VENV) by $(PYTHON); this takes a few minutes."
+	@test -x $(RUN) || '$(PYTHON)' -m venv $(VENV)
+	@$(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev,bench]'
+	@touch $@

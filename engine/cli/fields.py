@@ -1,0 +1,63 @@
+"""What a Struct says of its fields: type, default, allowed range and description, for flags and for the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+class Field(NamedTuple):
+    """`kind` is the type without None and without annotations; msgspec.NODEFAULT is the default of a required field."""
+
+    name: str
+    kind: Any
+    optional: bool
+    default: Any
+    description: str
+    bounds: str  # e.g. "> 0, <= 1"; bounds that only keep a number in 63 bits are left out
+
+    @property
+    def type_name(self) -> str:
+        """The type as a reader would write it."""
+        if get_origin(self.kind) is Literal:
+            name = " or ".join(f'"{value}"' for value in get_args(self.kind))
+        elif arguments := [_unwrap(argument)[0].__name__ for argument in get_args(self.kind)]:
+            name = f"{get_origin(self.kind).__name__}[{', '.join(arguments)}]"
+        else:
+            name = self.kind.__name__
+        return f"{name} or None" if self.optional else name
+
+
+def fields_of(struct: type[msgspec.Struct]) -> Iterator[Field]:
+    """The fields in their order, but for those that hold a function."""
+    hints = get_type_hints(struct, include_extras=True)
+    for field in msgspec.structs.fields(struct):
+        kind, metas, optional = _unwrap(hints[field.name])
+        if kind in (bool, int, float, str) or get_origin(kind) in (list, dict, Literal):
+            default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+            description = "".join(meta.description or "" for meta in metas)
+            yield Field(field.name, kind, optional, default, description, _bounds(metas))
+
+
+def _bounds(metas: list[Meta]) -> str:
+    bounds = [(sign, getattr(meta, name)) for meta in metas for name, sign in _BOUNDS.items()]
+    return ", ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None and bound < 2**31)
+
+
+def _unwrap(hint: Any) -> tuple[Any, list[Meta], bool]:
+    """The type inside Annotated[...] and `| None`, the Metas met on the way, and whether None is allowed."""
+    if get_origin(hint) is Annotated:
+        kind, *extras = get_args(hint)
+        inner, metas, optional = _unwrap(kind)
+        return inner, metas + [extra for extra in extras if isinstance(extra, Meta)], optional
+    if get_origin(hint) in (Union, UnionType):
+        [kind] = [arm for arm in get_args(hint) if arm is not NoneType]
+        inner, metas, _ = _unwrap(kind)
+        return inner, metas, True
+    return hint, [], False

@@ -1,0 +1,77 @@
+"""`pagefork generate`: complete prompts in one batch and show the text as it comes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pagefork.cli.flags import Given
+from pagefork.cli.view import View, choose_view
+from pagefork.config import EngineConfig
+from pagefork.scheduler.errors import InvalidRequestError
+from pagefork.scheduler.params import PRESETS, SamplingParams
+
+if TYPE_CHECKING:
+    from pagefork.core import LLMEngine
+
+DEFAULT_ENGINE = {"model": "demo"}
+
+
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to go on from; '' is allowed")] = None,
+    *,
+    file: Annotated[Path | None, typer.Option(help="Read the prompt from this file")] = None,
+    lines: Annotated[bool, typer.Option("--lines", help="Every line of the file or of standard input is a prompt")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt at the end")] = False,
+    preset: Annotated[str | None, typer.Option(help=f"Settings for a purpose: {', '.join(PRESETS)}; single flags win")] = None,
+    params: Annotated[Given, SamplingParams],
+    engine: Annotated[Given, EngineConfig] = DEFAULT_ENGINE,
+) -> None:
+    """Complete one or more prompts in one batch.
+
+    Prompts come from the arguments, from --file, or from standard input. The text of a single output is
+    printed as it comes; several outputs are labelled.
+    """
+    texts = _read_prompts(prompts or [], file, lines=lines)
+    sampling = SamplingParams.preset(preset, **params) if preset is not None else SamplingParams(**params)
+    config = EngineConfig(**{**DEFAULT_ENGINE, **engine})
+    view = choose_view(texts, sampling.n, json=json)
+    from pagefork.core import LLMEngine
+
+    run(LLMEngine(config), texts, sampling, view)
+
+
+def run(engine: LLMEngine, prompts: list[str], params: SamplingParams, view: View) -> None:
+    """Generate for all prompts at once. Raises the error of the first request that failed, after the others ended."""
+    for index, prompt in enumerate(prompts):
+        engine.add_request(str(index), prompt, params)
+    failed = []
+    with view:
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                view.show(int(output.request_id), output)
+                if output.error is not None:
+                    failed.append(output.error)
+    if failed:
+        raise failed[0]
+
+
+def _read_prompts(prompts: list[str], file: Path | None, *, lines: bool) -> list[str]:
+    if prompts:
+        if file is not None or lines:
+            raise InvalidRequestError("prompts are given as arguments and with --file or --lines; only one of them is allowed")
+        return prompts
+    if file is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise InvalidRequestError("no prompt is given: name one as an argument, with --file, or on standard input")
+    source = str(file) if file else "standard input"
+    data = file.read_bytes() if file else sys.stdin.buffer.read()
+    try:
+        text = data.decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"{source} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    if not text:
+        raise InvalidRequestError(f"{source} is empty; the empty prompt is given as an argument: ''")
+    return text.splitlines() if lines else [text]
