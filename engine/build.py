@@ -48,6 +48,7 @@ class Built(NamedTuple):
             "path": str(self.path),
             "architecture": model.config.architecture,
             "parameters": parameters,
+            "vocab_size": model.config.vocab_size,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(cache.device),
             "cpu_path": linear_backend(model.dtype, cache.device) if on_cpu else None,

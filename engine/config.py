@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, ClassVar, Literal
 
-import msgspec
 from msgspec import Meta
 
-from pagefork.scheduler.errors import ConfigError
+from pagefork.scheduler.checking import Checked
+from pagefork.scheduler.errors import ConfigError, PageforkError
 
 FOREIGN_NAMES = {
     "gpu_memory_utilization": "kv_cache_memory (bytes) or num_blocks",
@@ -20,32 +20,19 @@ FOREIGN_NAMES = {
 }
 
 
-class _ConfigMeta(msgspec.StructMeta):
-    def __call__(cls, *args: Any, **fields: Any) -> Any:
-        for name in fields:
-            if name not in cls.__struct_fields__:
-                known = (
-                    f"here it is called {FOREIGN_NAMES[name]}"
-                    if name in FOREIGN_NAMES
-                    else f"it has {', '.join(cls.__struct_fields__)}"
-                )
-                raise ConfigError(f"EngineConfig has no setting {name!r}; {known}")
-        try:
-            return super().__call__(*args, **fields)
-        except TypeError as error:
-            raise ConfigError(f"EngineConfig: {error}") from None
-
-
 Positive = Annotated[int, Meta(ge=1)]
 
 
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, metaclass=_ConfigMeta):
+class EngineConfig(Checked, frozen=True, kw_only=True):
     """Settings of an LLMEngine. Raises ConfigError (a ValueError) for an unknown name or a value out of range."""
 
     model: Annotated[str, Meta(min_length=1, description='"demo", a directory, or a hub id')]
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    revision: Annotated[str | None, Meta(description="Branch, tag or commit of a hub id")] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Meta(description="Of weights, activations and cache; auto: the checkpoint's"),
+    ] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: a CUDA device where there is one")] = "auto"
     max_model_len: (
         Annotated[
             Positive, Meta(description="Prompt plus output tokens of one sequence; None: what the model and the cache allow")
@@ -57,14 +44,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_memory: Annotated[Positive, Meta(description="Bytes for the cache; None: from free memory")] | None = None
     max_num_seqs: Annotated[Positive, Meta(description="Sequences that run at once")] = 256
     max_num_batched_tokens: Annotated[int, Meta(ge=2, description="Tokens computed in one step")] = 2048
-    enable_prefix_caching: bool = True
-    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+    enable_prefix_caching: Annotated[
+        bool, Meta(description="Keep computed blocks, so that equal beginnings are not computed again")
+    ] = True
+    scheduling_policy: Annotated[
+        Literal["fcfs", "priority"], Meta(description="Who runs first: who came first, or the lowest priority value")
+    ] = "fcfs"
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1, description="Where requests without a seed get theirs from")] = 0
+
+    error: ClassVar[type[PageforkError]] = ConfigError
+    foreign: ClassVar[dict[str, str]] = FOREIGN_NAMES
+    noun: ClassVar[str] = "setting"
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self), include_extras=True)
-        for name in self.__struct_fields__:
-            try:
-                msgspec.convert(getattr(self, name), hints[name])
-            except msgspec.ValidationError as error:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is refused: {error}") from None
+        self.check_fields()

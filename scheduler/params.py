@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
 
-from .errors import ParameterError
+from .checking import Checked
+from .errors import PageforkError, ParameterError
 
 # What people type who come from another engine, and what it is called here.
 FOREIGN_NAMES = {
@@ -33,32 +34,13 @@ FOREIGN_NAMES = {
 }
 
 
-class _ParamsMeta(msgspec.StructMeta):
-    """Refuses unknown field names with an error that lists what exists."""
-
-    def __call__(cls, *args: Any, **fields: Any) -> Any:
-        unknown = [name for name in fields if name not in cls.__struct_fields__]
-        if unknown:
-            raise ParameterError(_unknown_field(cls, unknown[0]))
-        try:
-            return super().__call__(*args, **fields)
-        except TypeError as error:
-            raise ParameterError(f"{cls.__name__}: {error}; name every parameter") from None
-
-
-def _unknown_field(cls: Any, name: str) -> str:
-    if name in FOREIGN_NAMES:
-        return f"{cls.__name__} has no parameter {name!r}; here it is called {FOREIGN_NAMES[name]}"
-    return f"{cls.__name__} has no parameter {name!r}; it has {', '.join(cls.__struct_fields__)}"
-
-
 Probability = Annotated[float, Meta(gt=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 StopString = Annotated[str, Meta(min_length=1)]
 
 
-class CommonParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, metaclass=_ParamsMeta):
+class CommonParams(Checked, frozen=True, kw_only=True):
     """What every decoding strategy honours. Ranges stand in the annotations.
 
     Raises ParameterError (a ValueError) for an unknown name, a wrong type or a value out of range.
@@ -85,15 +67,15 @@ class CommonParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         | None
     ) = None
 
+    error: ClassVar[type[PageforkError]] = ParameterError
+    foreign: ClassVar[dict[str, str]] = FOREIGN_NAMES
+    noun: ClassVar[str] = "parameter"
+
     def __post_init__(self) -> None:
-        cls = type(self)
         stop: Any = self.stop
         if isinstance(stop, str):
             msgspec.structs.force_setattr(self, "stop", [stop])
-        for name, kind, default in _checked_fields(cls):
-            value = getattr(self, name)
-            if value is not default:
-                _check(cls, name, value, kind)
+        self.check_fields()
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ParameterError(f"min_tokens={self.min_tokens} is larger than max_tokens={self.max_tokens}")
         for token, bias in (self.logit_bias or {}).items():
@@ -106,32 +88,6 @@ class CommonParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """A copy with some fields changed, checked again."""
         fields = {name: getattr(self, name) for name in self.__struct_fields__}
         return type(self)(**{**fields, **changes})
-
-
-_FIELDS: dict[type, list[tuple[str, Any, Any]]] = {}
-
-
-def _checked_fields(cls: type[CommonParams]) -> list[tuple[str, Any, Any]]:
-    if cls not in _FIELDS:
-        hints = get_type_hints(cls, include_extras=True)
-        defaults = {field.name: field.default for field in msgspec.structs.fields(cls)}
-        _FIELDS[cls] = [(name, hints[name], defaults[name]) for name in cls.__struct_fields__]
-    return _FIELDS[cls]
-
-
-def _check(cls: type, name: str, value: Any, kind: Any) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ParameterError(f"{cls.__name__}: {name}={value!r} is not a finite number")
-    if kind is Callable or name == "rank_by":
-        if value is not None and not callable(value):
-            raise ParameterError(f"{cls.__name__}: {name}={value!r} is not callable")
-        return
-    try:
-        msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        shown = repr(value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        raise ParameterError(f"{cls.__name__}: {name}={shown} is refused: {error}") from None
 
 
 PRESETS: dict[str, dict[str, float]] = {

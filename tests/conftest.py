@@ -7,7 +7,7 @@ import torch
 
 from pagefork import LLM
 
-# The models here are so small that a second thread only adds waiting; the command-line tests run with all.
+# The models here are so small that a second thread only adds waiting.
 torch.set_num_threads(1)
 
 

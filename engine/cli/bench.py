@@ -27,13 +27,11 @@ def throughput(
 ) -> None:
     """Time a batch of random prompts, end tokens ignored; --seed makes the prompts too."""
     config = EngineConfig(**{**DEFAULT_ENGINE, **engine})
-    from pagefork.checkpoint import locate
     from pagefork.llm import LLM
-    from pagefork.models.registry import load_config
 
     llm = LLM(**{name: getattr(config, name) for name in config.__struct_fields__})
     draw = random.Random(config.seed)
-    vocabulary = range(load_config(locate(config.model, config.revision)).vocab_size)
+    vocabulary = range(llm.engine.info()["vocab_size"])
     prompts = [draw.choices(vocabulary, k=input_len) for _ in range(num_prompts)]
     params = SamplingParams(n=n, temperature=1.0, ignore_eos=True, max_tokens=output_len)
     llm.generate([draw.choices(vocabulary, k=input_len)], params.replace(max_tokens=2), use_tqdm=False)  # warm up

@@ -12,7 +12,7 @@ from pagefork.scheduler.errors import PageforkError, ParameterError
 from pagefork.scheduler.params import PRESETS, SamplingParams
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"temperature": math.nan}, "temperature=nan is not a finite number"),
+    ({"temperature": math.nan}, "temperature=nan is refused: it is not a finite number"),
     ({"temperature": -0.1}, "temperature=-0.1 is refused"),
     ({"temperature": "hot"}, "temperature='hot' is refused: Expected `float`"),
     ({"max_tokens": 0}, "max_tokens=0 is refused: Expected `int` >= 1"),
@@ -24,7 +24,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"min_p": -0.5}, "min_p=-0.5 is refused"),
     ({"repetition_penalty": 0}, "repetition_penalty=0 is refused"),
     ({"frequency_penalty": 2.5}, "frequency_penalty=2.5 is refused"),
-    ({"presence_penalty": math.inf}, "presence_penalty=inf is not a finite number"),
+    ({"presence_penalty": math.inf}, "presence_penalty=inf is refused: it is not a finite number"),
     ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size=-1"),
     ({"stop": [""]}, "stop="),
     ({"stop": 3}, "stop=3 is refused"),
@@ -36,9 +36,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"n": 3, "best_of": 2}, "best_of=2 is smaller than n=3"),
     ({"n": 2, "temperature": 0}, "temperature=0 is greedy"),
     ({"rank_by": len}, "rank_by ranks the candidates of best_of"),
-    ({"rank_by": 3, "best_of": 2}, "rank_by=3 is not callable"),
+    ({"rank_by": 3, "best_of": 2}, "rank_by=3 is refused: it is not callable"),
     ({"seed": -1}, "seed=-1"),
-    ({"logprobs_mode": "cooked"}, "logprobs_mode='cooked'"),
+    ({"logprobs_mode": "cooked"}, "logprobs_mode='cooked' is refused: it is one of 'raw', 'processed'"),
     ({"num_beams": 4}, r"no parameter 'num_beams'; here it is called BeamSearchParams"),
     ({"max_new_tokens": 4}, "no parameter 'max_new_tokens'; here it is called max_tokens"),
     ({"num_return_sequences": 4}, "here it is called n"),
