@@ -76,19 +76,22 @@ class Sampler:
         """What `probe` asks of logits [U, V] (floating point; not modified).
 
         index: int64 [P], the row of logits of every entry. position: [P], where its token was fed: the token drawn
-        comes one later, which keys the draw. Raises ValueError for a kind of probe that can't be read.
+        comes one later, which keys the draw. Raises ValueError for a probe that can't be read.
         """
         if probe.kind not in self._readers:
             raise ValueError(f"no read-out for {probe.kind.name}; there are {', '.join(kind.name for kind in self._readers)}")
         if logits.ndim != 2 or logits.shape[1] != self._vocab_size:
             raise ValueError(f"logits must be of shape [rows, {self._vocab_size}], not {list(logits.shape)}")
+        if probe.similarity is not None or probe.mask is not None:
+            raise ValueError(f"{probe.kind.name} reads no similarity; leave `similarity` and `mask` of the probe None")
         return self._readers[probe.kind](logits, probe, index, position)
 
     def _sample(self, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> Reads:
         fields = self._state.fields[probe.slot]
         greedy, ranked = fields["temperature"] < GREEDY, fields["rank"]
         shaped = ~greedy | fields["processed"]  # rows whose processed distribution matters
-        number = uniform(*map(self._tensor, (fields["seed"], fields["stream"], position + 1)))
+        keys = map(self._tensor, (fields["seed"], fields["stream"], position + 1))
+        number = torch.empty(len(greedy), device=self._device) if greedy.all() else uniform(*keys)
         found: list[tuple[Tensor, ...]] = []
         scales: list[tuple[Scale, Scale]] = []
         for cut, part in self._parts(logits, probe.slot, index, position):
@@ -103,7 +106,8 @@ class Sampler:
             scales.append((model, processed))
         token, logp, rank, bad = map(torch.cat, zip(*found, strict=True))
         self.last[self._tensor(probe.slot)] = token
-        self._remember(logits, probe.slot, position, shaped, scales)
+        if shaped.any():
+            self._remember(logits, probe.slot, position, shaped, scales)
         ranks = np.where(ranked, rank.cpu().numpy(), 0).astype(np.int32)
         return Reads(bad=bad.cpu().numpy(), token=token.int().cpu().numpy(), logp=logp.cpu().numpy(), rank=ranks)
 

@@ -52,7 +52,7 @@ class Distribution:
     """
 
     def __init__(self, values: Tensor, temperature: Tensor | None, scratch: Scratch) -> None:
-        self.group_tops = values.view(len(values), -1, GROUP).amax(-1)
+        self.group_tops = self._groups(values).amax(-1)
         top = self.group_tops.amax(-1)
         self.bad = ~torch.isfinite(top)
         if bool(self.bad.any()):  # a harmless row in its place
@@ -66,15 +66,10 @@ class Distribution:
     @cached_property
     def weight(self) -> Tensor:
         """Probability in units of 2^-52, fp32 [B, W]; 0 for what was taken out."""
-        depth = torch.sub(self.values, self.top[:, None], out=self.scratch.like("mask", self.values))
-        if self.temperature is not None:  # after the subtraction: a small temperature can't overflow
-            depth.div_(self.temperature[:, None])
+        depth = self.values
+        if self.temperature is not None:  # relative to the largest: division by a small temperature can't overflow
+            depth = torch.sub(depth, self.top[:, None], out=self.scratch.like("mask", depth)).div_(self.temperature[:, None])
         return torch.softmax(depth, -1, out=self.scratch.like("weight", depth)).mul_(_UNIT).round_()
-
-    @cached_property
-    def exact(self) -> Tensor:
-        """The weights in float64 [B, W], in which their sums are exact."""
-        return self.scratch.like("exact", self.weight, torch.float64).copy_(self.weight)
 
     @cached_property
     def peak(self) -> Tensor:
@@ -84,7 +79,7 @@ class Distribution:
     @cached_property
     def cumulative(self) -> Tensor:
         """The mass up to the end of every group of tokens, float64 [B, W / GROUP]."""
-        return self.exact.view(len(self.exact), -1, GROUP).sum(-1).cumsum_(-1)
+        return self._groups(self.weight).sum(-1, dtype=torch.float64).cumsum_(-1)
 
     @property
     def mass(self) -> Tensor:
@@ -102,8 +97,7 @@ class Distribution:
         self.floor = self.find_floor(top_k, top_p, min_p)
         if self.floor is not None:
             self.weight.mul_(self._at_least(self.values, self.floor))
-            for stale in ("exact", "cumulative"):
-                self.__dict__.pop(stale, None)
+            self.__dict__.pop("cumulative", None)
 
     def find_floor(self, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor | None:
         """The smallest value that passes top-k, then top-p of the remaining mass, then min-p; None where all are off.
@@ -123,8 +117,7 @@ class Distribution:
     def best(self) -> Tensor:
         """The most probable token, the lowest id of ties, int64 [B]."""
         group = self.group_tops.argmax(-1)  # an argmax over all tokens is not vectorised on a CPU
-        inside = self.values.view(len(self.values), -1, GROUP).gather(1, group[:, None, None].expand(-1, 1, GROUP))[:, 0]
-        return group * GROUP + inside.argmax(-1)
+        return group * GROUP + self._group(self.values, group).argmax(-1)
 
     def draw(self, uniform: Tensor) -> Tensor:
         """The first token id whose cumulative mass, in id order, exceeds uniform * mass. uniform: float64 [B] in [0, 1)."""
@@ -132,8 +125,15 @@ class Distribution:
         aim = torch.minimum((uniform[:, None] * mass).floor_(), mass - 1)
         group = torch.searchsorted(self.cumulative, aim, right=True)
         before = torch.where(group > 0, self.cumulative.gather(-1, (group - 1).clamp_(min=0)), 0.0)
-        inside = self.exact.view(len(self.exact), -1, GROUP).gather(1, group[:, :, None].expand(-1, -1, GROUP))[:, 0].cumsum_(-1)
+        inside = self._group(self.weight, group[:, 0]).double().cumsum_(-1)
         return (group * GROUP + torch.searchsorted(inside, aim - before, right=True))[:, 0]
+
+    def _groups(self, values: Tensor) -> Tensor:
+        return values.view(len(values), -1, GROUP)
+
+    def _group(self, values: Tensor, group: Tensor) -> Tensor:
+        """One group of each row, [B, GROUP]. values: [B, W], group: int64 [B]."""
+        return self._groups(values).gather(1, group[:, None, None].expand(-1, 1, GROUP))[:, 0]
 
     def _min_p_floor(self, min_p: Tensor) -> Tensor:
         """p >= min_p * max p, as a threshold on the value: the smallest fp32 not below top + T log(min_p)."""
@@ -157,21 +157,21 @@ class Distribution:
         deep = limited & ~short
         if bool(deep.any()):
             values = self.scratch.rows("picked", self.values, deep)
-            k_floor[deep] = heavy_threshold(values, None, top_k[deep].double(), None, self.scratch)
+            k_floor[deep] = heavy_threshold(values, None, top_k[deep].double(), self.top[deep], torch.inf, self.scratch)
         if not bool(nucleus.any()):
             return [k_floor]
         target = top_p * self._mass_above(k_floor, limited & nucleus)
         p_floor = torch.full_like(self.top, -torch.inf)
         if len(rows):
-            mass = self.exact[rows[:, None], best.ids].cumsum_(-1)
+            mass = self.weight[rows[:, None], best.ids].double().cumsum_(-1)
             place = torch.searchsorted(mass, target[rows][:, None])
             reached = (place < mass.shape[1])[:, 0] & nucleus[rows]
             p_floor[rows[reached]] = best.values[reached].gather(-1, place[reached])[:, 0]
         rest = nucleus & (p_floor == -torch.inf)
         if bool(rest.any()):
-            reach = torch.full_like(self.top, REACH) if self.temperature is None else REACH * self.temperature
-            values, weight = self.scratch.rows("picked", self.values, rest), self.scratch.rows("picked", self.exact, rest)
-            p_floor[rest] = heavy_threshold(values, weight, target[rest], reach[rest], self.scratch)
+            reach = REACH if self.temperature is None else REACH * self.temperature[rest]
+            values, weight = self.scratch.rows("picked", self.values, rest), self.scratch.rows("picked weight", self.weight, rest)
+            p_floor[rest] = heavy_threshold(values, weight, target[rest], self.top[rest], reach, self.scratch)
         return [k_floor, p_floor]
 
     def _head(self, short: Tensor, compact: Tensor, top_k: Tensor) -> tuple[Tensor, _Best]:

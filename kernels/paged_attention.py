@@ -32,7 +32,7 @@ from torch.nn import functional
 Array = NDArray[np.int64]
 
 SPLIT = 256  # keys per item, rounded down to whole blocks
-TILE = 128  # queries per tile of a longer row
+TILE = 64  # queries per tile of a longer row
 _SMALL = 1024  # up to this many (token, key) pairs a row is cut into items: cheaper than the calls that a tile costs
 _LANES = 32
 

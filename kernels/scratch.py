@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 GROUP = 64  # columns are padded to whole groups of this many tokens
-CHUNK = 1 << 20  # logits worked on at once on a CPU, so that the passes over them stay in the cache
+CHUNK = 1 << 21  # logits worked on at once on a CPU: passes over them stay near the cache, and calls are few
 
 
 class Scratch:

@@ -20,28 +20,32 @@ _LOWEST = torch.finfo(torch.float32).min
 
 
 def heavy_threshold(
-    values: Tensor, weight: Tensor | None, target: Tensor, reach: Tensor | None, scratch: Scratch, rounds: int = ROUNDS
+    values: Tensor,
+    weight: Tensor | None,
+    target: Tensor,
+    high: Tensor,
+    reach: Tensor | float,
+    scratch: Scratch,
+    rounds: int = ROUNDS,
 ) -> Tensor:
     """The largest t of each row with sum(weight[values >= t]) >= target.
 
-    values: fp32 [R, N] without NaN, N a multiple of GROUP, each row with a finite maximum.
-    weight: float64 [R, N] of integers (None: ones).
-    target: float64 [R], in (0, sum of weights]. reach: fp32 [R], how far below the maximum t is expected
-    (further away it is found more slowly; None: anywhere). Returns fp32 [R]. Uses the buffers "mask" and "place".
+    values: fp32 [R, N] without NaN, N a multiple of GROUP. weight: fp32 [R, N] of integers (None: ones).
+    target: float64 [R], in (0, sum of weights]. high: fp32 [R], the largest values, finite.
+    reach: how far below them t is expected (fp32 [R] or one number); further away it is found more slowly.
+    Returns fp32 [R]. Uses the buffers "mask", "place" and "exact".
     """
     rows, columns = values.shape
     if columns <= FEW or rounds == 0:
         return _by_sorting(values, weight, target)
-    high, low = values.amax(-1), values.amin(-1)
-    span = (high - low).clamp_(1e-30, -_LOWEST)
-    if reach is not None:
-        span = torch.minimum(span, reach)
+    low = values.amin(-1)
+    span = (high - low).clamp_(max=reach).clamp_(1e-30, -_LOWEST)
     bucket = torch.sub(high[:, None], values, out=scratch.like("mask", values))
     bucket.mul_((BUCKETS / span)[:, None]).clamp_(max=BUCKETS - 1).floor_()
     first = torch.arange(0, rows * BUCKETS, BUCKETS, dtype=torch.int32, device=values.device)
     place = scratch.like("place", values, torch.int32).copy_(bucket).add_(first[:, None]).view(-1)
-    mass = torch.bincount(place, None if weight is None else weight.view(-1), minlength=rows * BUCKETS)
-    mass = mass.view(rows, BUCKETS).double().cumsum_(-1)
+    exact = None if weight is None else scratch.like("exact", weight, torch.float64).copy_(weight).view(-1)
+    mass = torch.bincount(place, exact, minlength=rows * BUCKETS).view(rows, BUCKETS).double().cumsum_(-1)
     chosen = torch.searchsorted(mass, target[:, None]).clamp_(max=BUCKETS - 1)
     above = torch.where(chosen > 0, mass.gather(-1, (chosen - 1).clamp_(min=0)), 0.0)
     constant = (high == low)[:, None]  # nothing to search for: match no bucket
@@ -49,7 +53,7 @@ def heavy_threshold(
     members, member_weight = _gather_members(values, weight, high, bucket)
     if members.shape[1] == 0:
         return high
-    found = heavy_threshold(members, member_weight, target - above[:, 0], None, scratch, rounds - 1)
+    found = heavy_threshold(members, member_weight, target - above[:, 0], members.amax(-1), torch.inf, scratch, rounds - 1)
     return torch.where(constant[:, 0], high, found)
 
 
@@ -66,13 +70,13 @@ def _gather_members(values: Tensor, weight: Tensor | None, default: Tensor, chos
     padding[row] = member
     members = padding[:, None].repeat(1, -(-int(count.max()) // GROUP) * GROUP)
     members[row, place] = member
-    member_weight = torch.zeros_like(members, dtype=torch.float64)
+    member_weight = torch.zeros_like(members)
     member_weight[row, place] = 1.0 if weight is None else weight[row, column]
     return members, member_weight
 
 
 def _by_sorting(values: Tensor, weight: Tensor | None, target: Tensor) -> Tensor:
     values, order = values.sort(-1, descending=True)
-    mass = (torch.ones_like(values, dtype=torch.float64) if weight is None else weight.gather(-1, order)).cumsum_(-1)
+    mass = (torch.ones_like(values) if weight is None else weight.gather(-1, order)).double().cumsum_(-1)
     chosen = torch.searchsorted(mass, target[:, None]).clamp_(max=values.shape[1] - 1)
     return values.gather(-1, chosen)[:, 0]

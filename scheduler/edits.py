@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 
 from .errors import PageforkError
-from .group import Group, State, TokenTree
+from .group import Group, State, TokenTree, append_each
 from .kv_manager import KVManager
 from .plan import Ints, ints
 from .slots import Slots
@@ -86,10 +86,11 @@ class Editor:
             return
         table = self._kv.table
         seqs = ints([seq for _, part, _ in self._appends for seq in part])
+        tokens = [token for _, _, part in self._appends for token in part]
+        trees = [tree for tree, part, _ in self._appends for _ in part]
         table.known[seqs] += 1
-        table.last[seqs] = [token for _, _, part in self._appends for token in part]
-        parents = iter(table.node[seqs].tolist())
-        table.node[seqs] = [tree.append(next(parents), token) for tree, _, part in self._appends for token in part]
+        table.last[seqs] = tokens
+        table.node[seqs] = append_each(trees, table.node[seqs].tolist(), tokens)
         self._appends = []
 
     def _reslot(self, group: Group, forks: list[tuple[Ints, Ints]], dropped: Ints) -> None:

@@ -29,22 +29,16 @@ class TokenTree:
         self._parent = array("i")
         self._token = array("i")
 
-    def append(self, parent: int, token: int) -> int:
-        """The node of `token` after `parent` (-1: the prompt)."""
-        self._parent.append(parent)
-        self._token.append(token)
-        return len(self._token) - 1
-
     def extend(self, parents: Ints, tokens: Ints) -> Ints:
-        """append() for arrays."""
+        """The nodes of tokens after `parents` (-1: the prompt)."""
         first = len(self._token)
         self._parent.frombytes(parents.astype(np.int32).tobytes())
         self._token.frombytes(tokens.astype(np.int32).tobytes())
         return np.arange(first, len(self._token), dtype=np.int32)
 
-    def path(self, node: int, count: int) -> list[int]:
+    def path(self, node: int, count: int) -> array[int]:
         """The last `count` tokens up to `node`, in order."""
-        parent, token, tokens = self._parent, self._token, []
+        parent, token, tokens = self._parent, self._token, array("i")
         for _ in range(count):
             tokens.append(token[node])
             node = parent[node]
@@ -63,6 +57,16 @@ class TokenTree:
         for _ in range(count):
             node = self._parent[node]
         return node
+
+
+def append_each(trees: list[TokenTree], parents: list[int], tokens: list[int]) -> list[int]:
+    """One token for each of many trees, after one parent each; the nodes."""
+    nodes = []
+    for tree, parent, token in zip(trees, parents, tokens, strict=True):
+        nodes.append(len(tree._token))
+        tree._parent.append(parent)
+        tree._token.append(token)
+    return nodes
 
 
 class Group:
@@ -120,14 +124,17 @@ class Group:
 
     def history(self, seq: int, begin: int = 0, end: int | None = None) -> Ints:
         """Tokens [begin, end) of a sequence, prompt included."""
+        end = int(self._sequences.known[seq]) if end is None else end
+        return np.frombuffer(self.token_bytes(seq, begin, end), np.int32)
+
+    def token_bytes(self, seq: int, begin: int, end: int) -> bytes:
+        """The same tokens as bytes of int32."""
         prompt = self.request.prompt
-        known = int(self._sequences.known[seq])
-        end = known if end is None else end
+        head = prompt[begin:end].tobytes()
         if end <= len(prompt):
-            return prompt[begin:end]
-        node = self.tokens.up(int(self._sequences.node[seq]), known - end)
-        generated = np.array(self.tokens.path(node, end - max(begin, len(prompt))), np.int32)
-        return np.concatenate([prompt[begin:], generated]) if begin < len(prompt) else generated
+            return head
+        node = self.tokens.up(int(self._sequences.node[seq]), int(self._sequences.known[seq]) - end)
+        return head + self.tokens.path(node, end - max(begin, len(prompt))).tobytes()
 
     def common_length(self, seqs: Ints) -> int:
         """How many leading tokens the given sequences share."""

@@ -189,7 +189,7 @@ class KVManager:
         parent = int(pool.uid[before]) if index else self.prefix.root(group.request.salt)
         if not parent:  # the chain was taken out of the cache
             return block
-        found = self.prefix.publish(parent, group.history(seq, index * size, (index + 1) * size).tobytes(), block)
+        found = self.prefix.publish(parent, group.token_bytes(seq, index * size, (index + 1) * size), block)
         if found != block:
             pool.retain(ints([found]))
             pool.release(ints([block]))
@@ -199,23 +199,31 @@ class KVManager:
     def _promote(self, group: Group, seq: int) -> None:
         """Leading full blocks that all sequences hold become trunk: one reference for all, shorter tails to fork."""
         table = self.table
-        seqs = table.of(group.number) if group.live > 1 else ints([seq])
-        full = int(np.minimum(table.computed[seqs] // self.block_size - table.trunk[seqs], table.cols[seqs]).min())
-        if full <= 0:
+        seqs: Ints | int = seq
+        shared = int(table.published[seq]) - len(group.trunk)
+        if group.live > 1:
+            seqs = table.of(group.number)
+            shared = min(shared, self._in_common(seqs))
+        if shared <= 0:
             return
-        tails = table.tail[seqs]
-        same = (tails[:, :full] == tails[0, :full]).all(axis=0)
-        shared = full if same.all() else int(np.argmin(same))
-        if shared == 0:
-            return
-        blocks = tails[0, :shared]
+        blocks = table.tail[seq, :shared].copy()
         group.trunk.extend(blocks.tolist())
-        if len(seqs) > 1:
-            self.pool.release(np.repeat(blocks, len(seqs) - 1))
-        table.tail[seqs, : tails.shape[1] - shared] = tails[:, shared:]
+        if group.live > 1:
+            self.pool.release(np.repeat(blocks, group.live - 1))
+        table.tail[seqs, :-shared] = table.tail[seqs, shared:]
         table.cols[seqs] -= shared
         table.trunk[seqs] += shared
-        table.published[seqs] = np.maximum(table.published[seqs], table.trunk[seqs])
+        table.published[seqs] = np.maximum(table.published[seqs], len(group.trunk))
+
+    def _in_common(self, seqs: Ints) -> int:
+        """How many leading tail blocks are full in all of the sequences, and the same."""
+        table = self.table
+        full = int(np.minimum(table.computed[seqs] // self.block_size - table.trunk[seqs], table.cols[seqs]).min())
+        if full <= 0:
+            return 0
+        tails = table.tail[seqs, :full]
+        same = (tails == tails[0]).all(axis=0)
+        return full if same.all() else int(np.argmin(same))
 
     def unpublish(self, group: Group) -> None:
         """Take every block of the group out of the prefix cache: its content can't be trusted."""

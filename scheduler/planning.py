@@ -24,12 +24,8 @@ class Chosen(NamedTuple):
         return Chosen(self.seqs[keep], self.start[keep], self.end[keep])
 
 
-class Segment(NamedTuple):
-    """What one group reads in a step: its sequences and, per Read, (index of the probe, begin, end, n)."""
-
-    group: Group
-    seqs: Ids
-    parts: list[tuple[int, int, int, int]]
+# What one group reads in a step: for which sequences and, per Read, (index of the probe, begin, end, n).
+Segment = tuple[Group, Ids, list[tuple[int, int, int, int]]]
 
 
 class Entries:
@@ -54,38 +50,43 @@ class Entries:
         return np.concatenate([*self._arrays, ints(self._list)])
 
 
-class ProbeTable:
-    """Collects the Reads of all groups into one Probe per kind (and per set of optional fields)."""
+class _Collected:
+    """The Reads of one kind."""
 
     def __init__(self) -> None:
-        self._order: dict[Kind, int] = {}
-        self._at: list[Entries] = []
-        self._seqs: list[Entries] = []
-        self._reads: list[list[Read]] = []
+        self.at = Entries()
+        self.forks: list[tuple[int, int, Ids]] = []  # entries that are read for other sequences than those they read at
+        self.reads: list[Read] = []
+
+
+class ProbeTable:
+    """Collects the Reads of all groups into one Probe per kind."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[Kind, tuple[int, _Collected]] = {}
 
     def add(self, read: Read) -> tuple[int, int, int, int]:
         """Where the read's entries stand: (probe, begin, end, n)."""
-        probe = self._order.get(read.kind)
-        if probe is None:
-            probe = self._order[read.kind] = len(self._at)
-            self._at.append(Entries())
-            self._seqs.append(Entries())
-            self._reads.append([])
-        self._reads[probe].append(read)
-        begin, end = self._at[probe].add(read.at)
-        self._seqs[probe].add(read.at if read.seqs is None else read.seqs)
+        if read.kind not in self._kinds:
+            self._kinds[read.kind] = len(self._kinds), _Collected()
+        probe, kind = self._kinds[read.kind]
+        kind.reads.append(read)
+        begin, end = kind.at.add(read.at)
+        if read.seqs is not None:
+            kind.forks.append((begin, end, read.seqs))
         return probe, begin, end, read.n
 
     def probes(self, kv: KVManager, offset: Ints) -> list[Probe]:
         table = kv.table
         found = []
-        for kind, index in self._order.items():
-            at, seqs, reads = self._at[index].array(), self._seqs[index].array(), self._reads[index]
-            extra: dict[str, Any] = (
-                {name: _joined(reads, name) for name in ("groups", "keep", "bias", "similarity", "mask")}
-                if kind is not Kind.SAMPLE
-                else {}
-            )
+        for kind, (_, collected) in self._kinds.items():
+            at, reads = collected.at.array(), collected.reads
+            seqs = at.copy()
+            for begin, end, forked in collected.forks:
+                seqs[begin:end] = forked
+            extra: dict[str, Any] = {}
+            if kind is not Kind.SAMPLE:
+                extra = {name: _joined(reads, name) for name in ("groups", "keep", "bias", "similarity", "mask")}
             n = max(read.n for read in reads)
             found.append(Probe(kind, offset[table.row[at] + 1] - 1, table.slot[seqs], n, **extra))
         return found

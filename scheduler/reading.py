@@ -40,7 +40,7 @@ class Reading:
         for index, read in enumerate(reads):
             if read.token is not None:
                 assert read.logp is not None and read.rank is not None
-                self._samples[index] = Samples(read.token.tolist(), read.logp.tolist(), read.rank.tolist())
+                self._samples[index] = Samples(0, read.token.tolist(), read.logp.tolist(), read.rank.tolist())
 
     def bad(self, parts: list[tuple[int, int, int, int]]) -> bool:
         """Whether any of the parts met NaN or nothing but -inf."""
@@ -54,9 +54,9 @@ class Reading:
         samples = self._samples.get(probe)
         if samples is not None:
             if keep is None:
-                return Samples(samples.token[begin:end], samples.logp[begin:end], samples.rank[begin:end])
+                return Samples(begin, samples.token, samples.logp, samples.rank)
             at = [begin + i for i in keep]
-            return Samples([samples.token[i] for i in at], [samples.logp[i] for i in at], [samples.rank[i] for i in at])
+            return Samples(0, [samples.token[i] for i in at], [samples.logp[i] for i in at], [samples.rank[i] for i in at])
         read = self._reads[probe]
         fields: dict[str, Any] = {"bad": read.bad[begin:end]}
         for name in _FIELDS:
@@ -68,13 +68,13 @@ class Reading:
         return Reads(**fields)
 
 
-def join(parts: Sequence[Any]) -> Any:
-    """The reads of one Read that came in several steps, in order."""
+def join(parts: Sequence[Any], counts: list[int]) -> Any:
+    """The reads of one Read that came in several steps, in order; counts are their entries."""
     if len(parts) == 1:
         return parts[0]
     if isinstance(parts[0], Samples):
-        token, logp, rank = ([x for part in parts for x in part[i]] for i in range(3))
-        return Samples(token, logp, rank)
+        at = [(part, i) for part, count in zip(parts, counts, strict=True) for i in range(part.begin, part.begin + count)]
+        return Samples(0, [part.token[i] for part, i in at], [part.logp[i] for part, i in at], [part.rank[i] for part, i in at])
     columns = {name: [getattr(part, name) for part in parts] for name in ("bad", *_FIELDS)}
     joined: dict[str, Any] = {name: None if column[0] is None else np.concatenate(column) for name, column in columns.items()}
     return Reads(**joined)

@@ -8,7 +8,7 @@ share the rest of the token budget in order, in chunks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,14 +136,14 @@ class Scheduler:
         table.row[chosen.seqs] = np.arange(len(chosen.seqs))
         rows = Rows(table.slot[chosen.seqs], chosen.start, offset, tokens, shared_runs(chosen, self.kv))
         probes = ProbeTable()
-        segments, children = self._probe(chosen, probes)
+        segments, read, children = self._probe(chosen, probes)
         plan = assemble(self.counters.steps, written, probes, self.kv, self.residents.slots, self._groups, rows)
         self.kv.settle(written)
-        self._launch(plan, chosen, segments, children)
+        self._launch(plan, chosen, segments, read, children)
         return plan
 
-    def _probe(self, chosen: Chosen, probes: ProbeTable) -> tuple[list[Segment], Ints]:
-        """Ask each strategy what to read off its complete rows; the segments, and sequences forked for it."""
+    def _probe(self, chosen: Chosen, probes: ProbeTable) -> tuple[list[Segment], Entries, Ints]:
+        """Ask each strategy what to read off its complete rows: segments, all their sequences, and those forked for it."""
         table = self.kv.table
         target = table.known[chosen.seqs] + table.pending[chosen.seqs]
         complete = chosen.seqs[(chosen.end == target) & (table.probed[chosen.seqs] < target)]
@@ -151,26 +151,27 @@ class Scheduler:
         edges = np.flatnonzero(np.diff(groups, prepend=-1, append=-1)).tolist()
         ids, numbers = complete.tolist(), groups[edges[:-1]].tolist()
         segments: list[Segment] = []
+        read_for = Entries()
         children: list[int] = []
         for number, begin, end in zip(numbers, edges, edges[1:], strict=False):
             group = self._groups[number]
             try:
                 reads = group.strategy.probe(group, ids[begin:end] if end - begin < _NARROW else complete[begin:end])
+                parts = []
                 for read in reads:
                     if read.seqs is not None:
                         children += fork_now(self.kv, self.residents.slots, group, read)
-                parts = [probes.add(read) for read in reads]
+                    parts.append(probes.add(read))
             except Exception as error:  # noqa: BLE001 - a strategy's bug ends its own request only
                 self._broken.append((group, error))
                 continue
-            segments.append(Segment(group, reads[0].at if reads[0].seqs is None else reads[0].seqs, parts))
-        return segments, ints(children)
+            seqs = reads[0].at if reads[0].seqs is None else reads[0].seqs
+            read_for.add(seqs)
+            segments.append((group, seqs, parts))
+        return segments, read_for, ints(children)
 
-    def _launch(self, plan: Plan, chosen: Chosen, segments: list[Segment], children: Ints) -> None:
+    def _launch(self, plan: Plan, chosen: Chosen, segments: list[Segment], read: Entries, children: Ints) -> None:
         table, counters = self.kv.table, self.counters
-        read = Entries()
-        for segment in segments:
-            read.add(segment.seqs)
         seqs = read.array()
         table.probed[seqs] = table.scheduled[seqs]
         table.pending[seqs[table.pipelined[seqs]]] += 1
@@ -197,27 +198,31 @@ class Scheduler:
         all_valid = bool(valid.all())
         read = flight.read[valid]
         table.pending[read[table.pipelined[read]]] -= 1
-        touched: dict[int, tuple[Group, Update]] = {}
+        touched: list[tuple[Group, Update]] = []
+        updates: dict[int, Update] = {}
         position = 0
         for group, seqs, parts in flight.segments:
             begin, position = position, position + len(seqs)
             if group.state is State.ENDED:
                 continue
-            if group.number not in touched:  # one-token rows and longer ones of a group are separate segments
-                touched[group.number] = group, Update(group.request.id)
-            update = touched[group.number][1]
-            if update.error is not None:
+            update = updates.get(group.number)
+            if update is None:  # one-token rows and longer ones of a group are separate segments
+                update = updates[group.number] = Update(group.request.id)
+                touched.append((group, update))
+            elif update.error is not None:
                 continue
             if reading.any_bad and reading.bad(parts):
                 update.error = endings.numeric(group)
                 self.kv.unpublish(group)
-                continue
-            keep = None if all_valid or valid[begin:position].all() else np.flatnonzero(valid[begin:position]).tolist()
-            self._advance(group, seqs if keep is None else [int(seqs[i]) for i in keep], reading.of(parts, keep), update)
+            elif all_valid or valid[begin:position].all():
+                self._advance(group, seqs, reading.of(parts), update)
+            else:
+                keep = np.flatnonzero(valid[begin:position]).tolist()
+                self._advance(group, [int(seqs[i]) for i in keep], reading.of(parts, keep), update)
         self._editor.flush()
         self._park(np.concatenate([read, *self._complete]))
         self._complete = []
-        return self._close(touched.values())
+        return self._close(touched)
 
     def _confirm(self, flight: Flight) -> None:
         """What the plan computed counts from now on, for sequences that still hold the blocks it wrote."""
@@ -240,7 +245,8 @@ class Scheduler:
             if group.expect:
                 return
             seqs = np.concatenate([ints(part) for part, _ in group.held])
-            reads = [join(parts) for parts in zip(*(part for _, part in group.held), strict=True)]
+            counts = [len(part) for part, _ in group.held]
+            reads = [join(parts, counts) for parts in zip(*(part for _, part in group.held), strict=True)]
             group.held = []
             self._complete.append(seqs)
         self._edit(group, update, strategy.advance, group, seqs, reads)
@@ -262,12 +268,14 @@ class Scheduler:
             table.run[idle] = False
             self.residents.slots.close(idle)
 
-    def _close(self, touched: Collection[tuple[Group, Update]]) -> list[Update]:
+    def _close(self, touched: list[tuple[Group, Update]]) -> list[Update]:
         """End the groups that are over; fail those that have nothing left to compute and are not."""
         self.counters.generated_tokens = self._editor.emitted
         busy = going_on(self.kv)
         for group, update in touched:
-            if group.unfinished and not group.asked and not group.held and group.number not in busy and update.error is None:
+            if group.number in busy and update.error is None and group.unfinished:
+                continue
+            if group.unfinished and not group.asked and not group.held and update.error is None:
                 update.error = endings.strategy_failed(
                     group, RuntimeError("no sequence to run, no Ask and no Finish after its last edits")
                 )

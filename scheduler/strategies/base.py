@@ -111,8 +111,12 @@ class Read(msgspec.Struct):
 
 
 class Samples(NamedTuple):
-    """The reads of a SAMPLE probe: plain lists, since a group samples few sequences and arrays of one are slow."""
+    """The reads of a SAMPLE probe: entries begin, begin + 1, ... of plain lists that hold those of the whole step.
 
+    Lists, since a group samples few sequences and arrays of one are slow; shared, since cutting them costs more than reading.
+    """
+
+    begin: int
     token: list[int]
     logp: list[float]
     rank: list[int]

@@ -30,9 +30,10 @@ class Candidate(NamedTuple):
 class _Output:
     """Tokens of one sequence, kept here as long as they are not delivered."""
 
-    __slots__ = ("ended", "logps", "score", "tokens", "tops")
+    __slots__ = ("count", "ended", "logps", "score", "tokens", "tops")
 
     def __init__(self) -> None:
+        self.count = 0  # tokens generated; those of ranked candidates are below
         self.tokens: list[int] = []
         self.logps: list[float] = []
         self.tops: list[Top] | None = None
@@ -91,20 +92,23 @@ class Sampling(Base):
         alive: list[int] = []
         tokens: list[int] = []
         ended: list[int] = []
-        rules = group.request.rules
-        for i in range(len(seqs)):
-            seq, token, logp, hit = int(seqs[i]), drawn.token[i], drawn.logp[i], None
+        request = group.request
+        rules = request.rules
+        for i, seq in enumerate(map(int, seqs)):
+            at = drawn.begin + i
+            token, logp, hit = drawn.token[at], drawn.logp[at], None
             index = self._index[seq]
             output = self._outputs[index]
-            output.tokens.append(token)
+            output.count += 1
             if rules is not None:
                 group.text[seq], hit = rules.check(group.text.get(seq, rules.start()), token)
-            reason = ending(group.request, token, len(output.tokens), hit)
+            reason = ending(request, token, output.count, hit)
             tops = None
             if self._params.logprobs is not None:
                 top = reads[1] if self._top_n else None
-                tops = [Top(drawn.rank[i], top.top_id[i], top.top_logp[i]) if top else Top(drawn.rank[i], _NO_IDS, _NO_LOGPS)]
+                tops = [Top(drawn.rank[at], top.top_id[i], top.top_logp[i]) if top else Top(drawn.rank[at], _NO_IDS, _NO_LOGPS)]
             if self._ranked:
+                output.tokens.append(token)
                 output.logps.append(logp)
                 output.tops = (output.tops or []) + tops if tops else None
             else:

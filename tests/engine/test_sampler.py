@@ -318,6 +318,9 @@ def test_what_can_not_be_read_is_an_error_that_says_so() -> None:
     for kind in (Kind.MERGE, Kind.TARGET):
         with pytest.raises(ValueError, match=f"no read-out for {kind.name}; there are SAMPLE, TOPN"):
             read(sampler, torch.zeros(1, VOCAB), [0], [0], kind)
+    similar = Probe(kind=Kind.TOPN, at=ints([0]), slot=ints([0]), n=2, similarity=np.array([True]))
+    with pytest.raises(ValueError, match="TOPN reads no similarity"):
+        sampler.read(torch.zeros(1, VOCAB), similar, torch.tensor([0]), np.array([0]))
     with pytest.raises(ValueError, match=r"shape \[rows, 97\], not \[1, 98\]"):
         read(sampler, torch.zeros(1, VOCAB + 1), [0], [0])
     fields = (

@@ -43,13 +43,12 @@ def brute(values: np.ndarray, weight: np.ndarray, target: float) -> float:
 @pytest.mark.parametrize("weighted", [True, False])
 def test_threshold_equals_the_sorted_one(columns: int, weighted: bool) -> None:
     values = np.stack([shape[:columns] for shape in SHAPES.values()]).astype(np.float32)
-    weight = np.round(np.exp(np.clip(values - values.max(-1, keepdims=True), -700, 0).astype(float)) * 2**30 + weighted)
-    weight = weight if weighted else np.ones_like(weight)
+    weight = np.exp(np.clip(values - values.max(-1, keepdims=True), -700, 0).astype(float))
+    weight = np.round(weight * 2**30 + 1).astype(np.float32) if weighted else np.ones_like(values)
     for share in (1e-9, 0.1, 0.5, 0.95, 0.999, 1.0):
-        target = np.maximum(weight.sum(-1) * share, 1e-3)
-        found = heavy_threshold(
-            torch.from_numpy(values), torch.from_numpy(weight) if weighted else None, torch.from_numpy(target), None, Scratch()
-        )
+        target = np.maximum(weight.sum(-1, dtype=float) * share, 1e-3)
+        tensors = torch.from_numpy(values), torch.from_numpy(weight) if weighted else None, torch.from_numpy(target)
+        found = heavy_threshold(*tensors, tensors[0].amax(-1), torch.inf, Scratch())
         for name, row, heavy, aim, t in zip(SHAPES, values, weight, target, found.numpy(), strict=True):
             expected = brute(row, heavy, aim)
             same_set = (row >= t) == (row >= expected)
@@ -59,6 +58,7 @@ def test_threshold_equals_the_sorted_one(columns: int, weighted: bool) -> None:
 @pytest.mark.parametrize("reach", [1e-3, 0.5, 40.0])
 def test_a_wrong_guess_of_the_reach_costs_time_only(reach: float) -> None:
     values = torch.from_numpy(np.stack([SHAPES["normal"], SHAPES["coarse"], SHAPES["all equal"]]).astype(np.float32))
-    weight, target = torch.ones_like(values, dtype=torch.float64), torch.tensor([2000.0, 700.0, 5.0], dtype=torch.float64)
-    near = heavy_threshold(values, weight, target, torch.full((3,), reach), Scratch())
-    assert torch.equal(near, heavy_threshold(values, weight, target, None, Scratch()))
+    weight, target = torch.ones_like(values), torch.tensor([2000.0, 700.0, 5.0], dtype=torch.float64)
+    found = heavy_threshold(values, weight, target, values.amax(-1), torch.inf, Scratch())
+    for guess in (reach, torch.tensor([reach, 2 * reach, 40.0])):
+        assert torch.equal(heavy_threshold(values, weight, target, values.amax(-1), guess, Scratch()), found)
