@@ -20,6 +20,8 @@ from .models.registry import Model, load_config, load_model, resolve_dtype
 from .runner import ModelRunner
 from .tokenizer import Tokenizer
 
+_SMALL_MODEL = 32 << 20  # bytes of weights up to which one thread is as fast as several
+
 
 class Built(NamedTuple):
     """Everything that outlives the building."""
@@ -42,7 +44,7 @@ class Built(NamedTuple):
     def info(self, config: EngineConfig) -> dict[str, Any]:
         """Sizes in bytes, except where named otherwise."""
         model, cache, on_cpu = self.model, self.cache, self.cache.device.type == "cpu"
-        parameters = sum(math.prod(shape) for shape in expected_shapes(model.config).values())
+        parameters = _parameters(model.config)
         return {
             "model": config.model,
             "path": str(self.path),
@@ -74,6 +76,8 @@ def build(config: EngineConfig) -> Built:
     length = config.max_model_len or model_config.max_len
     tokenizer = Tokenizer.load(path)
     model = load_model(path, dtype, device)
+    if device.type == "cpu":
+        _set_threads(config, model)
     num_blocks = _num_blocks(config, model_config, length, dtype, device)
     capacity = (num_blocks - 1) * config.block_size
     if config.max_model_len is not None and capacity < length:
@@ -93,6 +97,21 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda': torch sees no CUDA device here; use 'cpu' or 'auto'")
     return torch.device(name)
+
+
+def _set_threads(config: EngineConfig, model: Model) -> None:
+    """Threads wait for each other at every operation; where another process holds a core they wait for its time slice.
+
+    Torch's threads are those of the whole process.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    elif _parameters(model.config) * model.dtype.itemsize < _SMALL_MODEL:
+        torch.set_num_threads(1)
+
+
+def _parameters(config: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in expected_shapes(config).values())
 
 
 def _num_blocks(config: EngineConfig, model: ModelConfig, length: int, dtype: torch.dtype, device: torch.device) -> int:

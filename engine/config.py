@@ -50,6 +50,13 @@ class EngineConfig(Checked, frozen=True, kw_only=True):
     scheduling_policy: Annotated[
         Literal["fcfs", "priority"], Meta(description="Who runs first: who came first, or the lowest priority value")
     ] = "fcfs"
+    num_threads: (
+        Annotated[
+            Positive,
+            Meta(description="CPU threads, process-wide; None: all, or one for a model so small that a second would only wait"),
+        ]
+        | None
+    ) = None
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1, description="Where requests without a seed get theirs from")] = 0
 
     error: ClassVar[type[PageforkError]] = ConfigError

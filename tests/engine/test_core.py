@@ -185,4 +185,12 @@ def test_info_tells_what_was_loaded(engine: LLMEngine) -> None:
     info = engine.info()
     assert info["parameters"] == 5_770_496 and info["architecture"] == "LlamaForCausalLM"
     assert info["num_blocks"] == 200 and info["cache_memory"] == 201 * 16 * 2 * 6 * 4 * 32 * 4
-    assert info["device"] == "cpu" and info["cpu_path"]
+    assert info["device"] == "cpu" and info["cpu_path"] and info["threads"] == 1
+
+
+def test_threads_are_as_many_as_asked_for() -> None:
+    before = torch.get_num_threads()
+    try:
+        assert LLMEngine(EngineConfig(model="demo", num_blocks=64, num_threads=2)).info()["threads"] == 2
+    finally:
+        torch.set_num_threads(before)
