@@ -51,7 +51,8 @@ class Admission:
         if params.min_tokens > max_tokens:
             raise InvalidRequestError(f"min_tokens={params.min_tokens}, but prompt and max_model_len leave room for {max_tokens}")
         self._check_ids(params)
-        model_end = frozenset() if params.ignore_eos else frozenset(self._config.eos_token_ids)
+        ends = (token for token in self._config.eos_token_ids if token < self._config.vocab_size)
+        model_end = frozenset() if params.ignore_eos else frozenset(ends)
         end_ids = model_end | frozenset(params.stop_token_ids)
         return Request(
             id=request_id,
@@ -135,6 +136,8 @@ class Admission:
             return ()
         assert self._tokenizer is not None
         forms = [self._tokenizer.encode_plain(text) for word in words for text in (word, " " + word.lstrip())]
+        for ids in forms:
+            self._check_range("bad_words", ids)
         return tuple(dict.fromkeys(tuple(ids) for ids in forms if ids))
 
 
