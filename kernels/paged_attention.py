@@ -11,7 +11,8 @@ Rows of few keys in all (one decoded token, above all) are cut into items of (to
 cache laid out as `kv_cache.py` says, both products of an item are weighted sums of contiguous cache rows: exactly what
 an embedding bag computes, in place, without gathering keys and values first. Each sum runs over one item's rows in
 order, so a token's result does not depend on the other rows of the batch. Items of one token are merged by their
-log-sum-exp (flash decoding). Sums are kept in float32; scores and probabilities are rounded to the cache's dtype.
+log-sum-exp (flash decoding). Sums are kept in float32; scores and probabilities are rounded to the cache's dtype. Blocks
+of keys are read whole, so what lies behind a block's last key must be finite; of values only those that are seen are read.
 
 Longer rows gather their keys and values once per layer and go through `scaled_dot_product_attention` in tiles of
 queries, each with just the keys that its last token sees.
@@ -34,7 +35,7 @@ Array = NDArray[np.int64]
 SPLIT = 256  # keys per item, rounded down to whole blocks
 TILE = 64  # queries per tile of a longer row
 _SMALL = 1024  # up to this many (token, key) pairs a row is cut into items: cheaper than the calls that a tile costs
-_LANES = 32
+_LANES = 32  # scores per item are padded to a multiple of this
 
 
 @dataclass(frozen=True, slots=True)

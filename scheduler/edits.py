@@ -34,16 +34,23 @@ class Editor:
         self.emitted = 0  # tokens, since the start
         self._appends: list[tuple[TokenTree, list[int], Ids]] = []
 
-    def apply(self, group: Group, edits: list[Edit], update: Update) -> None:
-        """Forks share before anything is dropped, and what is dropped gives its slots before forks take any."""
+    def apply(self, group: Group, edits: list[Edit], update: Update, read: Ids = ()) -> None:
+        """Carry out what a group's strategy decided after `read` was read.
+
+        Forks share before anything is dropped; what is dropped, or was read and not grown, gives its slot before
+        forks take any.
+        """
         forks: list[tuple[Ints, Ints]] = []
         dropped: list[Ids] = []
+        grown: list[Ids] = []
         for edit in edits:
             if isinstance(edit, Emit):
                 self.emitted += len(edit.tokens)
                 update.events.append(edit)
             elif isinstance(edit, Grow):
                 self._grow(group, edit, forks)
+                if edit.run:
+                    grown.append(edit.dst)
             elif isinstance(edit, Drop):
                 dropped.append(edit.seqs)
             elif isinstance(edit, Finish):
@@ -52,8 +59,8 @@ class Editor:
             else:
                 group.asked = True
                 update.asks.append(edit)
-        if forks or dropped:
-            self._reslot(group, forks, np.concatenate([ints(), *map(ints, dropped)]))
+        if forks or dropped or len(grown) != 1 or len(grown[0]) != len(read):
+            self._reslot(group, forks, _joined(dropped), np.setdiff1d(_joined([read]), _joined(grown + dropped)))
 
     def _grow(self, group: Group, edit: Grow, forks: list[tuple[Ints, Ints]]) -> None:
         if edit.dst is edit.src and isinstance(edit.src, list) and edit.run:
@@ -93,10 +100,12 @@ class Editor:
         table.node[seqs] = append_each(trees, table.node[seqs].tolist(), tokens)
         self._appends = []
 
-    def _reslot(self, group: Group, forks: list[tuple[Ints, Ints]], dropped: Ints) -> None:
+    def _reslot(self, group: Group, forks: list[tuple[Ints, Ints]], dropped: Ints, parked: Ints) -> None:
         table = self._kv.table
-        # A source that is dropped keeps its number in the forks: a plan reads all sources before it writes.
+        # A source that gives up its slot keeps its number in the forks: a plan reads all sources before it writes.
         sources = [(table.slot[src].copy(), dst) for src, dst in forks]
+        self._slots.close(parked)
+        table.run[parked] = False
         if len(dropped):
             self._slots.close(dropped)
             for seq in dropped.tolist():
@@ -106,6 +115,10 @@ class Editor:
         # A group that was preempted with a read in flight gets its slots when it is back.
         for slots, dst in sources if group.state is State.RUNNING else ():
             self._slots.fork(slots, dst.tolist())
+
+
+def _joined(parts: list[Ids]) -> Ints:
+    return np.concatenate([ints(), *map(ints, parts)])
 
 
 def fork_now(kv: KVManager, slots: Slots, group: Group, read: Read) -> list[int]:

@@ -66,7 +66,6 @@ class Scheduler:
         self._by_id: dict[str, Group] = {}
         self._flights: deque[Flight] = deque()
         self._arrivals = 0
-        self._complete: list[Ints] = []  # generations that this result completed
         self._broken: list[tuple[Group, Exception]] = []  # their strategy raised while a step was planned
 
     def validate(self, request: Request) -> Strategy:
@@ -104,7 +103,7 @@ class Scheduler:
         group = self._by_id[request_id]
         update = Update(request_id)
         group.asked = False
-        self._edit(group, update, group.strategy.answer, group, values)
+        self._edit(group, update, (), group.strategy.answer, group, values)
         self._editor.flush()
         return self._close([(group, update)])[0]
 
@@ -220,8 +219,6 @@ class Scheduler:
                 keep = np.flatnonzero(valid[begin:position]).tolist()
                 self._advance(group, [int(seqs[i]) for i in keep], reading.of(parts, keep), update)
         self._editor.flush()
-        self._park(np.concatenate([read, *self._complete]))
-        self._complete = []
         return self._close(touched)
 
     def _confirm(self, flight: Flight) -> None:
@@ -248,25 +245,14 @@ class Scheduler:
             counts = [len(part) for part, _ in group.held]
             reads = [join(parts, counts) for parts in zip(*(part for _, part in group.held), strict=True)]
             group.held = []
-            self._complete.append(seqs)
-        self._edit(group, update, strategy.advance, group, seqs, reads)
+        self._edit(group, update, seqs, strategy.advance, group, seqs, reads)
 
-    def _edit(self, group: Group, update: Update, decide: Callable[..., list[Edit]], *args: Any) -> None:
+    def _edit(self, group: Group, update: Update, read: Ids, decide: Callable[..., list[Edit]], *args: Any) -> None:
         try:
-            self._editor.apply(group, decide(*args), update)
+            self._editor.apply(group, decide(*args), update, read)
         except Exception as error:  # noqa: BLE001 - a strategy's bug ends its own request only
             self._editor.flush()
             update.error = endings.strategy_failed(group, error)
-
-    def _park(self, read: Ints) -> None:
-        """Sequences that were read and not grown keep their blocks and give up their slots."""
-        table = self.kv.table
-        idle = read[table.alive[read] & (table.known[read] == table.probed[read]) & (table.pending[read] == 0)]
-        if len(idle):
-            partial = np.array([bool(self._groups[int(number)].held) for number in table.group[idle]])
-            idle = np.unique(idle[~partial])
-            table.run[idle] = False
-            self.residents.slots.close(idle)
 
     def _close(self, touched: list[tuple[Group, Update]]) -> list[Update]:
         """End the groups that are over; fail those that have nothing left to compute and are not."""

@@ -60,14 +60,18 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> Mo
 
 
 def resolve_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """The dtype to compute in: "auto" is the checkpoint's, float32 where that is not one of ours.
+    """The dtype to compute in. "auto" is the checkpoint's, or float32 where that is none of ours or the device lacks it.
 
-    Raises ConfigError for another name, or one that the device lacks.
+    Raises ConfigError for another name, or for bfloat16 on a GPU without it.
     """
+    lacking = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
-        return DTYPES.get(config.dtype or "", torch.float32)
+        dtype = DTYPES.get(config.dtype or "", torch.float32)
+        return torch.float32 if lacking and dtype == torch.bfloat16 else dtype
     if name not in DTYPES:
         raise ConfigError(f"dtype={name!r} is refused; it is auto, {' or '.join(DTYPES)}")
+    if lacking and name == "bfloat16":
+        raise ConfigError("dtype='bfloat16' is refused: this GPU does not compute in it; use float16 or float32")
     return DTYPES[name]
 
 

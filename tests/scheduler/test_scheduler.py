@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 from support.harness import Harness
-from support.oracle import VOCAB
+from support.oracle import VOCAB, continuation
 from support.toys import BeamToyParams, LookToyParams, RolloutToyParams
 
 from pagefork.scheduler.errors import (
@@ -21,7 +21,7 @@ from pagefork.scheduler.errors import (
 )
 from pagefork.scheduler.params import CommonParams, SamplingParams
 from pagefork.scheduler.plan import Kind, Plan, Result
-from pagefork.scheduler.strategies.base import Base, Footprint, Grow, Read, register
+from pagefork.scheduler.strategies.base import Base, Drop, Emit, Finish, Footprint, Grow, Read, register
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 GROUPS = [
@@ -247,7 +247,7 @@ def test_a_group_alone_that_fills_the_cache_ends_with_a_typed_error_and_the_next
     assert isinstance(harness.requests[wide].error, KVExhaustedError)
     assert set(harness.requests[wide].reasons.values()) == {"error"}
     assert harness.requests[later].error is None
-    harness.assert_expected()
+    harness.assert_expected(KVExhaustedError)
 
 
 def test_nan_rows_end_their_request_alone_and_leave_the_prefix_cache() -> None:
@@ -268,7 +268,7 @@ def test_nan_rows_end_their_request_alone_and_leave_the_prefix_cache() -> None:
     hits = harness.scheduler.residents.prefix_hits
     harness.add(prompt(20), GREEDY)
     harness.run()
-    harness.assert_expected()
+    harness.assert_expected(NumericError)
     assert harness.scheduler.residents.prefix_hits == hits
 
 
@@ -280,7 +280,7 @@ def test_a_step_that_raises_ends_the_requests_it_computed_and_nobody_else() -> N
     harness.take(harness.scheduler.abandon(ValueError("device on fire")))
     assert isinstance(harness.requests["0"].error, StepFailedError)
     harness.run()
-    harness.assert_expected()
+    harness.assert_expected(StepFailedError)
     assert harness.requests["1"].reasons == {0: "length"}
 
 
@@ -331,7 +331,56 @@ def test_a_broken_strategy_ends_its_own_request_loudly(where: str, message: str)
     assert isinstance(harness.requests[broken].error, StepFailedError)
     assert message in str(harness.requests[broken].error)
     assert harness.requests[other].error is None
-    harness.assert_expected()
+    harness.assert_expected(StepFailedError)
+
+
+class SplitParams(CommonParams, frozen=True, kw_only=True):
+    """Draws one token, then goes on from it with two streams."""
+
+
+@register
+class Split(Base):
+    params = SplitParams
+    lockstep = False
+
+    def __init__(self, request: Any) -> None:
+        self.length = request.room
+        self.tokens: dict[int, list[int]] = {}
+
+    def footprint(self) -> Footprint:
+        return Footprint(2, 2)
+
+    def probe(self, group: Any, seqs: Any) -> list[Read]:
+        return [Read(Kind.SAMPLE, seqs)]
+
+    def advance(self, group: Any, seqs: Any, reads: Any) -> list[Any]:
+        drawn = {int(seq): reads[0].token[reads[0].begin + i] for i, seq in enumerate(seqs)}
+        if not self.tokens:
+            (root, token), fork = drawn.popitem(), group.fresh(1)[0]
+            self.tokens = {root: [token], fork: [token]}
+            return [Grow([root, root], [token, token], [root, fork], stream=[0, 9])]
+        edits: list[Any] = []
+        for index, (seq, tokens) in enumerate(self.tokens.items()):
+            if seq in drawn:
+                tokens.append(drawn[seq])
+                edits.append(Grow([seq], [drawn[seq]], [seq]))
+                if len(tokens) == self.length:
+                    edits[-1:] = [Drop([seq]), Emit(index, tokens, [0.0] * self.length), Finish(index, "length")]
+        return edits
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.5])
+def test_a_fork_of_a_live_sequence_draws_from_the_stream_it_was_given_and_has_its_history(penalty: float) -> None:
+    harness = Harness(100, 4, 12, 64)
+    name = harness.add(prompt(9), SplitParams(max_tokens=7, frequency_penalty=penalty))
+    spec = harness.scheduler._by_id[name].request.spec = msgspec.structs.replace(
+        harness.scheduler._by_id[name].request.spec, temperature=1.0
+    )
+    harness.run()
+    first, second = harness.requests[name].tokens
+    assert first == continuation(prompt(9), spec, 0, 7)
+    assert second == first[:1] + continuation(prompt(9) + first[:1], spec, 9, 6)
+    assert first != second
 
 
 def test_results_out_of_order_and_too_many_plans_are_refused() -> None:

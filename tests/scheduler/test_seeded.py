@@ -9,6 +9,7 @@ from support.harness import Harness
 from support.oracle import VOCAB
 from support.toys import BeamToyParams, LookToyParams, RolloutToyParams
 
+from pagefork.scheduler.errors import KVExhaustedError
 from pagefork.scheduler.params import CommonParams, SamplingParams
 
 
@@ -48,7 +49,7 @@ def soak(seed: int, steps: int) -> Harness:
             harness.answer()
         harness.step()
     harness.run()
-    harness.assert_expected()
+    harness.assert_expected(KVExhaustedError)
     return harness
 
 

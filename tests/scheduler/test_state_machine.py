@@ -16,6 +16,7 @@ from support.harness import Harness
 from support.oracle import VOCAB
 from support.toys import BeamToyParams, LookToyParams, RolloutToyParams
 
+from pagefork.scheduler.errors import KVExhaustedError
 from pagefork.scheduler.params import CommonParams, SamplingParams
 
 PREFIXES = [[t % VOCAB for t in range(seed, seed + 60)] for seed in (3, 5)]
@@ -100,7 +101,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "harness"):
             self.harness.run()
-            self.harness.assert_expected()
+            self.harness.assert_expected(KVExhaustedError)
 
 
 TestScheduler = SchedulerMachine.TestCase

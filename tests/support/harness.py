@@ -128,9 +128,10 @@ class Harness:
             if update.done:
                 assert sorted(tracked.reasons) == list(range(len(tracked.tokens))), "ended without a terminal for every output"
 
-    def assert_expected(self) -> None:
-        """Every finished request delivered exactly what it must; every aborted one a part of it."""
+    def assert_expected(self, *errors: type[PageforkError]) -> None:
+        """Every finished request delivered exactly what it must, every aborted one a part of it, and only `errors` ended any."""
         for name, tracked in self.requests.items():
+            assert tracked.error is None or isinstance(tracked.error, errors), f"request {name} failed: {tracked.error}"
             if tracked.done and set(tracked.reasons.values()) <= {"stop", "length"}:
                 assert tracked.tokens == tracked.expected[: len(tracked.tokens)], f"request {name} got other tokens than alone"
             else:
