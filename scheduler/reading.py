@@ -36,11 +36,11 @@ class Reading:
     def __init__(self, reads: list[Reads]) -> None:
         self._reads = reads
         self.any_bad = any(bool(read.bad.any()) for read in reads)
-        self._samples: dict[int, Samples] = {}
+        self._samples: dict[int, tuple[list[int], list[float], list[int]]] = {}
         for index, read in enumerate(reads):
             if read.token is not None:
                 assert read.logp is not None and read.rank is not None
-                self._samples[index] = Samples(0, read.token.tolist(), read.logp.tolist(), read.rank.tolist())
+                self._samples[index] = read.token.tolist(), read.logp.tolist(), read.rank.tolist()
 
     def bad(self, parts: list[tuple[int, int, int, int]]) -> bool:
         """Whether any of the parts met NaN or nothing but -inf."""
@@ -48,15 +48,20 @@ class Reading:
 
     def of(self, parts: list[tuple[int, int, int, int]], keep: list[int] | None = None) -> list[Any]:
         """One item per part, Samples or Reads; `keep` are the positions of entries that still count."""
-        return [self._part(*part, keep) for part in parts]
+        found: list[Any] = []
+        for probe, begin, end, n in parts:
+            columns = self._samples.get(probe)
+            if columns is None:
+                found.append(self._cut(probe, begin, end, n, keep))
+            elif keep is None:
+                found.append(Samples(begin, *columns))
+            else:
+                token, logp, rank = columns
+                at = [begin + i for i in keep]
+                found.append(Samples(0, [token[i] for i in at], [logp[i] for i in at], [rank[i] for i in at]))
+        return found
 
-    def _part(self, probe: int, begin: int, end: int, n: int, keep: list[int] | None) -> Samples | Reads:
-        samples = self._samples.get(probe)
-        if samples is not None:
-            if keep is None:
-                return Samples(begin, samples.token, samples.logp, samples.rank)
-            at = [begin + i for i in keep]
-            return Samples(0, [samples.token[i] for i in at], [samples.logp[i] for i in at], [samples.rank[i] for i in at])
+    def _cut(self, probe: int, begin: int, end: int, n: int, keep: list[int] | None) -> Reads:
         read = self._reads[probe]
         fields: dict[str, Any] = {"bad": read.bad[begin:end]}
         for name in _FIELDS:

@@ -8,7 +8,7 @@ share the rest of the token budget in order, in chunks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -197,29 +197,37 @@ class Scheduler:
         all_valid = bool(valid.all())
         read = flight.read[valid]
         table.pending[read[table.pipelined[read]]] -= 1
-        touched: list[tuple[Group, Update]] = []
-        updates: dict[int, Update] = {}
+        touched: dict[int, tuple[Group, Update]] = {}
         position = 0
         for group, seqs, parts in flight.segments:
             begin, position = position, position + len(seqs)
             if group.state is State.ENDED:
                 continue
-            update = updates.get(group.number)
-            if update is None:  # one-token rows and longer ones of a group are separate segments
-                update = updates[group.number] = Update(group.request.id)
-                touched.append((group, update))
-            elif update.error is not None:
-                continue
+            if group.number in touched:  # one-token rows and longer ones of a group are separate segments
+                update = touched[group.number][1]
+                if update.error is not None:
+                    continue
+            else:
+                update = Update(group.request.id)
+                touched[group.number] = group, update
             if reading.any_bad and reading.bad(parts):
                 update.error = endings.numeric(group)
                 self.kv.unpublish(group)
-            elif all_valid or valid[begin:position].all():
-                self._advance(group, seqs, reading.of(parts), update)
-            else:
+                continue
+            keep = None
+            if not all_valid and not valid[begin:position].all():
                 keep = np.flatnonzero(valid[begin:position]).tolist()
-                self._advance(group, [int(seqs[i]) for i in keep], reading.of(parts, keep), update)
+                seqs = [int(seqs[i]) for i in keep]  # noqa: PLW2901
+            reads = reading.of(parts, keep)
+            if group.strategy.lockstep:
+                group.expect -= len(seqs)
+                group.held.append((seqs, reads))
+                if group.expect:
+                    continue
+                seqs, reads = self._generation(group)  # noqa: PLW2901
+            self._edit(group, update, seqs, group.strategy.advance, group, seqs, reads)
         self._editor.flush()
-        return self._close(touched)
+        return self._close(touched.values())
 
     def _confirm(self, flight: Flight) -> None:
         """What the plan computed counts from now on, for sequences that still hold the blocks it wrote."""
@@ -234,18 +242,12 @@ class Scheduler:
             self.kv.publish(self._groups[int(table.group[seq])], seq)
         self.residents.follow()
 
-    def _advance(self, group: Group, seqs: Ids, reads: list[Any], update: Update) -> None:
-        strategy = group.strategy
-        if strategy.lockstep:
-            group.expect -= len(seqs)
-            group.held.append((seqs, reads))
-            if group.expect:
-                return
-            seqs = np.concatenate([ints(part) for part, _ in group.held])
-            counts = [len(part) for part, _ in group.held]
-            reads = [join(parts, counts) for parts in zip(*(part for _, part in group.held), strict=True)]
-            group.held = []
-        self._edit(group, update, seqs, strategy.advance, group, seqs, reads)
+    def _generation(self, group: Group) -> tuple[Ids, list[Any]]:
+        """The reads of a whole generation, which may have come in several steps."""
+        held, group.held = group.held, []
+        counts = [len(seqs) for seqs, _ in held]
+        reads = [join(parts, counts) for parts in zip(*(part for _, part in held), strict=True)]
+        return np.concatenate([ints(seqs) for seqs, _ in held]), reads
 
     def _edit(self, group: Group, update: Update, read: Ids, decide: Callable[..., list[Edit]], *args: Any) -> None:
         try:
@@ -254,7 +256,7 @@ class Scheduler:
             self._editor.flush()
             update.error = endings.strategy_failed(group, error)
 
-    def _close(self, touched: list[tuple[Group, Update]]) -> list[Update]:
+    def _close(self, touched: Collection[tuple[Group, Update]]) -> list[Update]:
         """End the groups that are over; fail those that have nothing left to compute and are not."""
         self.counters.generated_tokens = self._editor.emitted
         busy = going_on(self.kv)

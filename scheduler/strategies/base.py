@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Ids = Sequence[int] | Ints
 
 
-class Grow(msgspec.Struct):
+class Grow(msgspec.Struct, gc=False):
     """dst[i] = src[i] + token[i]. dst == src appends; a fresh dst (Group.fresh) forks, sharing all blocks.
 
     `stream` gives fresh sequences their random stream. `run=False` keeps them parked: blocks, no row.
@@ -56,7 +56,7 @@ class Top(NamedTuple):
     logps: Floats
 
 
-class Emit(msgspec.Struct):
+class Emit(msgspec.Struct, gc=False):
     """Deliver tokens of output `index`, with the log-prob of each, and their Top where logprobs were asked for."""
 
     index: int
@@ -110,7 +110,7 @@ class Read(msgspec.Struct):
     mask: Bools | None = None
 
 
-class Samples(NamedTuple):
+class Samples(msgspec.Struct, gc=False):
     """The reads of a SAMPLE probe: entries begin, begin + 1, ... of plain lists that hold those of the whole step.
 
     Lists, since a group samples few sequences and arrays of one are slow; shared, since cutting them costs more than reading.

@@ -58,6 +58,7 @@ class Sampling(Base):
         self._reads: list[Read] = []  # of the last probe: with one sequence the next is the same
         self._outputs = [_Output() for _ in range(self._width)]
         self._delivered = 0  # ranked only: tokens that all candidates agree on were streamed already
+        self._with_tops = self._params.logprobs is not None
         self._top_n = self._params.logprobs or 0
         if self._top_n < 0:
             self._top_n = int(request.extra["vocab_size"])
@@ -94,7 +95,7 @@ class Sampling(Base):
         ended: list[int] = []
         request = group.request
         rules = request.rules
-        for i, seq in enumerate(map(int, seqs)):
+        for i, seq in enumerate(seqs):
             at = drawn.begin + i
             token, logp, hit = drawn.token[at], drawn.logp[at], None
             index = self._index[seq]
@@ -104,7 +105,7 @@ class Sampling(Base):
                 group.text[seq], hit = rules.check(group.text.get(seq, rules.start()), token)
             reason = ending(request, token, output.count, hit)
             tops = None
-            if self._params.logprobs is not None:
+            if self._with_tops:
                 top = reads[1] if self._top_n else None
                 tops = [Top(drawn.rank[at], top.top_id[i], top.top_logp[i]) if top else Top(drawn.rank[at], _NO_IDS, _NO_LOGPS)]
             if self._ranked:
