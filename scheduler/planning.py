@@ -53,43 +53,46 @@ class Entries:
 class _Collected:
     """The Reads of one kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Kind, probe: int) -> None:
+        self.kind = kind
+        self.probe = probe
         self.at = Entries()
         self.forks: list[tuple[int, int, Ids]] = []  # entries that are read for other sequences than those they read at
         self.reads: list[Read] = []
+
+    def table(self, kv: KVManager, offset: Ints) -> Probe:
+        at, reads = self.at.array(), self.reads
+        seqs = at.copy()
+        for begin, end, forked in self.forks:
+            seqs[begin:end] = forked
+        extra: dict[str, Any] = {}
+        if self.kind is not Kind.SAMPLE:
+            extra = {name: _joined(reads, name) for name in ("groups", "keep", "bias", "similarity", "mask")}
+        n = max(read.n for read in reads)
+        return Probe(self.kind, offset[kv.table.row[at] + 1] - 1, kv.table.slot[seqs], n, **extra)
 
 
 class ProbeTable:
     """Collects the Reads of all groups into one Probe per kind."""
 
     def __init__(self) -> None:
-        self._kinds: dict[Kind, tuple[int, _Collected]] = {}
+        self._by_kind: list[_Collected | None] = [None] * len(Kind)
+        self._order: list[_Collected] = []
 
     def add(self, read: Read) -> tuple[int, int, int, int]:
         """Where the read's entries stand: (probe, begin, end, n)."""
-        if read.kind not in self._kinds:
-            self._kinds[read.kind] = len(self._kinds), _Collected()
-        probe, kind = self._kinds[read.kind]
-        kind.reads.append(read)
-        begin, end = kind.at.add(read.at)
+        collected = self._by_kind[read.kind]
+        if collected is None:
+            collected = self._by_kind[read.kind] = _Collected(read.kind, len(self._order))
+            self._order.append(collected)
+        collected.reads.append(read)
+        begin, end = collected.at.add(read.at)
         if read.seqs is not None:
-            kind.forks.append((begin, end, read.seqs))
-        return probe, begin, end, read.n
+            collected.forks.append((begin, end, read.seqs))
+        return collected.probe, begin, end, read.n
 
     def probes(self, kv: KVManager, offset: Ints) -> list[Probe]:
-        table = kv.table
-        found = []
-        for kind, (_, collected) in self._kinds.items():
-            at, reads = collected.at.array(), collected.reads
-            seqs = at.copy()
-            for begin, end, forked in collected.forks:
-                seqs[begin:end] = forked
-            extra: dict[str, Any] = {}
-            if kind is not Kind.SAMPLE:
-                extra = {name: _joined(reads, name) for name in ("groups", "keep", "bias", "similarity", "mask")}
-            n = max(read.n for read in reads)
-            found.append(Probe(kind, offset[table.row[at] + 1] - 1, table.slot[seqs], n, **extra))
-        return found
+        return [collected.table(kv, offset) for collected in self._order]
 
 
 def _joined(reads: list[Read], name: str) -> Ints | None:

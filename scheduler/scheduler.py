@@ -198,10 +198,10 @@ class Scheduler:
         read = flight.read[valid]
         table.pending[read[table.pipelined[read]]] -= 1
         touched: dict[int, tuple[Group, Update]] = {}
-        position = 0
+        position, ended = 0, State.ENDED
         for group, seqs, parts in flight.segments:
             begin, position = position, position + len(seqs)
-            if group.state is State.ENDED:
+            if group.state is ended:
                 continue
             if group.number in touched:  # one-token rows and longer ones of a group are separate segments
                 update = touched[group.number][1]
