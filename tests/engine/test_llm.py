@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from itertools import pairwise
 from typing import Any
 
@@ -237,6 +239,31 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 def test_a_model_that_is_not_there_is_an_error(model: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         LLM(model)
+
+
+def test_ctrl_c_aborts_the_call_and_leaves_the_engine_usable(demo: LLM) -> None:
+    before = run(demo, PROMPTS[0])[0].outputs[0].token_ids
+    forward = demo.engine._runner._model.forward
+
+    def interrupted(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return forward(*args)
+
+    demo.engine._runner._model.forward = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run(demo, PROMPTS)
+    demo.engine._runner._model.forward = forward  # type: ignore[method-assign]
+    assert not demo.engine.has_unfinished_requests()
+    assert run(demo, PROMPTS[0])[0].outputs[0].token_ids == before
+
+
+def test_requests_added_to_the_engine_survive_a_generate_call(demo: LLM) -> None:
+    demo.engine.add_request("mine", PROMPTS[1], GREEDY)
+    run(demo, PROMPTS[0], GREEDY.replace(max_tokens=20))
+    found = {}
+    while demo.engine.has_unfinished_requests():
+        found.update({output.request_id: output for output in demo.engine.step()})
+    assert found["mine"].finished and len(found["mine"].outputs[0].token_ids) == 12
 
 
 def test_a_request_larger_than_the_cache_is_refused() -> None:
