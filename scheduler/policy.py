@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from .group import Group, State
 
@@ -20,9 +20,6 @@ class WaitingQueue:
 
     def __len__(self) -> int:
         return self._size
-
-    def __iter__(self) -> Iterator[Group]:
-        return (group for _, _, group in self._heap if group.state is State.WAITING)
 
     def push(self, group: Group) -> None:
         heapq.heappush(self._heap, (group.order, group.number, group))

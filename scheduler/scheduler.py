@@ -45,8 +45,7 @@ class Counters:
 class Scheduler:
     """Plans steps over `num_blocks` cache blocks. `lag` plans may be out before their results are applied.
 
-    max_num_seqs: slots. max_num_batched_tokens: tokens of one step, of which `prefill_floor` are kept for
-    prompts: running sequences never take them.
+    max_num_seqs: sequences with a row in one step. max_num_batched_tokens: tokens of one step.
     """
 
     num_blocks: int
