@@ -32,7 +32,7 @@ class Editor:
         self._kv = kv
         self._slots = slots
         self.emitted = 0  # tokens, since the start
-        self._appends: list[tuple[TokenTree, list[int], Ids]] = []
+        self._appends: list[tuple[TokenTree, Ids, Ids]] = []
 
     def apply(self, group: Group, edits: list[Edit], update: Update, read: Ids = ()) -> None:
         """Carry out what a group's strategy decided after `read` was read.
@@ -63,7 +63,7 @@ class Editor:
             self._reslot(group, forks, _joined(dropped), np.setdiff1d(_joined([read]), _joined(grown + dropped)))
 
     def _grow(self, group: Group, edit: Grow, forks: list[tuple[Ints, Ints]]) -> None:
-        if edit.dst is edit.src and isinstance(edit.src, list) and edit.run:
+        if edit.dst is edit.src and group.strategy.pipelined:  # never parked, so no slot to see to
             self._appends.append((group.tokens, edit.src, edit.token))
             group.expect += len(edit.src)
             return

@@ -30,6 +30,7 @@ Ids = Sequence[int] | Ints
 class Grow(msgspec.Struct, gc=False):
     """dst[i] = src[i] + token[i]. dst == src appends; a fresh dst (Group.fresh) forks, sharing all blocks.
 
+    The children of a sequence and its own continuation belong in one Grow: all are taken from what it was before.
     `stream` gives fresh sequences their random stream. `run=False` keeps them parked: blocks, no row.
     `text` are the text states of dst, where the group has text rules.
     """
