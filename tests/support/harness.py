@@ -105,6 +105,8 @@ class Harness:
         assert self.scheduler.residents.slots.free == self.scheduler.max_num_seqs
         assert len(self.scheduler.kv.table) == 0
         assert all(tracked.done for tracked in self.requests.values())
+        delivered = sum(len(tokens) for tracked in self.requests.values() for tokens in tracked.tokens)
+        assert self.scheduler.counters.generated_tokens == delivered
 
     def abort(self, name: str) -> None:
         update = self.scheduler.abort(name)
