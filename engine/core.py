@@ -56,17 +56,18 @@ class LLMEngine:
 
     def add_request(self, request_id: str, prompt: Prompt, params: CommonParams, priority: int = 0) -> None:
         """Queue a prompt (text or token ids). Raises InvalidRequestError; the engine is unchanged then."""
-        self._enter()
         self.queue(self.prepare(request_id, prompt, params, priority), prompt if isinstance(prompt, str) else None)
 
     def prepare(self, request_id: str, prompt: Prompt, params: CommonParams, priority: int = 0) -> Request:
         """Check and tokenise a request without queueing it. Raises InvalidRequestError."""
+        self._enter()
         request = self._admission.request(request_id, prompt, params, priority)
         self._scheduler.validate(request)
         return request
 
     def queue(self, request: Request, text: str | None = None) -> None:
         """Queue a prepared request."""
+        self._enter()
         outputs = self._scheduler.add(request)
         self._processors[request.id] = OutputProcessor(request, text, outputs, self.tokenizer)
 
@@ -112,8 +113,6 @@ class LLMEngine:
         engine goes on. Ctrl-C waits until the step is applied, so the engine stays usable.
         """
         self._enter()
-        if self._stepping:
-            raise EngineMisuseError("step() was called from inside a step")
         self._stepping = True
         try:
             with _interrupt_deferred():
@@ -142,11 +141,14 @@ class LLMEngine:
         return processor.process(update)
 
     def _enter(self) -> None:
+        """Refuse whoever would change the engine from another thread or in the middle of a step."""
         me = threading.get_ident()
         if self._owner is None:
             self._owner = me
         elif self._owner != me:
             raise EngineMisuseError("an LLMEngine belongs to the thread that used it first; call it from that thread only")
+        if self._stepping:
+            raise EngineMisuseError("the engine was called from inside its own step; wait until step() has returned")
 
     def stats(self) -> EngineStats:
         """Numbers of this moment and totals since the start."""

@@ -78,6 +78,15 @@ class LLM:
     def _run(self, waiting: set[str], use_tqdm: bool) -> dict[str, RequestOutput]:
         done: dict[str, RequestOutput] = {}
         others: dict[str, RequestOutput] = {}  # of requests that were added to the engine directly
+        try:
+            self._step_until(waiting, done, others, use_tqdm)
+        finally:
+            self.engine.redeliver(others.values())
+        return done
+
+    def _step_until(
+        self, waiting: set[str], done: dict[str, RequestOutput], others: dict[str, RequestOutput], use_tqdm: bool
+    ) -> None:
         counts: dict[str, int] = {}
         with tqdm(total=len(waiting), desc="prompts", unit="prompt", disable=not use_tqdm, dynamic_ncols=True) as bar:
             while waiting - done.keys():
@@ -92,8 +101,6 @@ class LLM:
                 elapsed = bar.format_dict["elapsed"] if use_tqdm else 0
                 if elapsed:
                     bar.set_postfix_str(f"{sum(counts.values()) / elapsed:.1f} tokens/s", refresh=False)
-        self.engine.redeliver(others.values())
-        return done
 
 
 def _listed(prompts: Any) -> list[Prompt]:

@@ -48,6 +48,11 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 )
 
 
+def fits_float32(value: float) -> bool:
+    """Whether a number other than 0 stays finite and different from 0 as a 32-bit float."""
+    return 1.2e-38 < abs(value) < 3.4e38
+
+
 _FIELDS: dict[type, list[tuple[str, Any, Any]]] = {}
 
 
@@ -62,6 +67,8 @@ def _fields(cls: Any) -> list[tuple[str, Any, Any]]:
 def _refusal(value: Any, kind: Any) -> str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return "it is not a finite number"
+    if isinstance(value, float) and value and not fits_float32(value):
+        return "it does not fit a 32-bit float, which is what is computed with"
     if "Callable" in repr(kind):
         return None if value is None or callable(value) else "it is not callable"
     try:

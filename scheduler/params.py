@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import msgspec
 from msgspec import Meta
 
-from .checking import Checked
+from .checking import Checked, fits_float32
 from .errors import PageforkError, ParameterError
 
 # What people type who come from another engine, and what it is called here.
@@ -79,9 +79,9 @@ class CommonParams(Checked, frozen=True, kw_only=True):
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ParameterError(f"min_tokens={self.min_tokens} is larger than max_tokens={self.max_tokens}")
         for token, bias in (self.logit_bias or {}).items():
-            if not math.isfinite(bias):
+            if not math.isfinite(bias) or (bias and not fits_float32(bias)):
                 raise ParameterError(
-                    f"logit_bias[{token}]={bias} is not finite; to ban a token use allowed_token_ids or bad_words"
+                    f"logit_bias[{token}]={bias} is not a finite 32-bit float; to ban a token use allowed_token_ids or bad_words"
                 )
 
     def replace(self, **changes: Any) -> Self:

@@ -50,11 +50,16 @@ class Entries:
         return np.concatenate([*self._arrays, ints(self._list)])
 
 
-class _Collected:
-    """The Reads of one kind."""
+_SAMPLE = Kind.SAMPLE
+_OPTIONAL = ("groups", "keep", "bias", "similarity", "mask")
 
-    def __init__(self, kind: Kind, probe: int) -> None:
+
+class _Collected:
+    """The Reads of one kind with the same optional fields."""
+
+    def __init__(self, kind: Kind, fields: tuple[str, ...], probe: int) -> None:
         self.kind = kind
+        self.fields = fields
         self.probe = probe
         self.at = Entries()
         self.forks: list[tuple[int, int, Ids]] = []  # entries that are read for other sequences than those they read at
@@ -65,25 +70,25 @@ class _Collected:
         seqs = at.copy()
         for begin, end, forked in self.forks:
             seqs[begin:end] = forked
-        extra: dict[str, Any] = {}
-        if self.kind is not Kind.SAMPLE:
-            extra = {name: _joined(reads, name) for name in ("groups", "keep", "bias", "similarity", "mask")}
+        extra: dict[str, Any] = {name: np.concatenate([getattr(read, name) for read in reads]) for name in self.fields}
         n = max(read.n for read in reads)
         return Probe(self.kind, offset[kv.table.row[at] + 1] - 1, kv.table.slot[seqs], n, **extra)
 
 
 class ProbeTable:
-    """Collects the Reads of all groups into one Probe per kind."""
+    """Collects the Reads of all groups into one Probe per kind and set of optional fields."""
 
     def __init__(self) -> None:
-        self._by_kind: list[_Collected | None] = [None] * len(Kind)
+        self._found: dict[tuple[int, tuple[str, ...]], _Collected] = {}
         self._order: list[_Collected] = []
 
     def add(self, read: Read) -> tuple[int, int, int, int]:
         """Where the read's entries stand: (probe, begin, end, n)."""
-        collected = self._by_kind[read.kind]
+        fields = () if read.kind is _SAMPLE else tuple(name for name in _OPTIONAL if getattr(read, name) is not None)
+        key = (int(read.kind), fields)
+        collected = self._found.get(key)
         if collected is None:
-            collected = self._by_kind[read.kind] = _Collected(read.kind, len(self._order))
+            collected = self._found[key] = _Collected(read.kind, fields, len(self._order))
             self._order.append(collected)
         collected.reads.append(read)
         begin, end = collected.at.add(read.at)
@@ -93,16 +98,6 @@ class ProbeTable:
 
     def probes(self, kv: KVManager, offset: Ints) -> list[Probe]:
         return [collected.table(kv, offset) for collected in self._order]
-
-
-def _joined(reads: list[Read], name: str) -> Ints | None:
-    """One optional field of all reads of a kind; where any read has it, all must."""
-    values = [getattr(read, name) for read in reads]
-    if all(value is None for value in values):
-        return None
-    if any(value is None for value in values):
-        raise ValueError(f"reads of one kind are mixed with and without {name}")
-    return np.concatenate(values)
 
 
 def tokens_of(chosen: Chosen, kv: KVManager, groups: dict[int, Group]) -> tuple[Ints, Ints]:

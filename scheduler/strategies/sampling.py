@@ -56,12 +56,13 @@ class Sampling(Base):
         self._ranked = self._params.best_of is not None
         self._index: dict[int, int] = {}
         self._reads: list[Read] = []  # of the last probe: with one sequence the next is the same
-        self._outputs = [_Output() for _ in range(self._width)]
+        self._outputs: list[_Output] = []  # made when the request runs: its width may still be refused
         self._delivered = 0  # ranked only: tokens that all candidates agree on were streamed already
         self._with_tops = self._params.logprobs is not None
         self._top_n = self._params.logprobs or 0
-        if self._top_n < 0:
-            self._top_n = int(request.extra["vocab_size"])
+        vocab_size = request.extra.get("vocab_size", self._top_n)
+        if not 0 <= self._top_n <= vocab_size:
+            self._top_n = vocab_size
 
     def footprint(self) -> Footprint:
         """As many sequences as candidates, as many outputs as asked for."""
@@ -76,6 +77,7 @@ class Sampling(Base):
         else:
             root = int(seqs[0])
             candidates = [root, *group.fresh(self._width - 1)] if self._width > 1 else [root]
+            self._outputs = [_Output() for _ in candidates]
             self._index = {seq: index for index, seq in enumerate(candidates)}
             forking = self._width > 1
             reads = [

@@ -145,8 +145,12 @@ def test_another_thread_and_a_step_inside_a_step_are_refused(engine: LLMEngine) 
     forward = engine._runner._model.forward
 
     def nested(*args: Any) -> torch.Tensor:
-        with pytest.raises(EngineMisuseError, match="inside a step"):
+        with pytest.raises(EngineMisuseError, match="inside its own step"):
             engine.step()
+        with pytest.raises(EngineMisuseError, match="inside its own step"):
+            engine.abort_request("a")
+        with pytest.raises(EngineMisuseError, match="inside its own step"):
+            engine.add_request("b", "x", GREEDY)
         return forward(*args)
 
     engine._runner._model.forward = nested  # type: ignore[method-assign]

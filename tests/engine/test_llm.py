@@ -153,6 +153,7 @@ def test_logprobs_are_those_of_the_tokens(demo: LLM) -> None:
     assert chosen is not None and [list(table) for table in chosen] == [[token] for token in output.token_ids]
     whole = run(demo, PROMPTS[0], SamplingParams(seed=1, max_tokens=1, logprobs=-1))[0].outputs[0].logprobs
     assert whole is not None and len(whole[0]) == 4096
+    assert run(demo, PROMPTS[0], SamplingParams(seed=1, max_tokens=1, logprobs=10**9))[0].outputs[0].logprobs == whole
     assert math.fsum(math.exp(entry.logprob) for entry in whole[0].values()) == pytest.approx(1, abs=1e-4)
 
 
@@ -185,6 +186,7 @@ BAD: list[tuple[Any, Any, str]] = [
     ("a", GREEDY.replace(logit_bias={5000: 1.0}), "logit_bias has token id 5000"),
     ("a", GREEDY.replace(allowed_token_ids=[5000]), "allowed_token_ids has token id 5000"),
     ("a", SamplingParams(n=65), "65 sequences at once were asked for; max_num_seqs allows 64"),
+    ("a", SamplingParams(n=10**9), "1000000000 sequences at once were asked for"),
     ([[1] * 1020], SamplingParams(max_tokens=20, min_tokens=10), "leave room for 4"),
     ("\ud800", GREEDY, "not valid Unicode"),
 ]
