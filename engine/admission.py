@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ class Admission:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._seed = seed
+        self._processors = itertools.count(1)
 
     def request(self, request_id: str, prompt: Prompt, params: CommonParams, priority: int = 0) -> Request:
         """A request for the scheduler. Raises InvalidRequestError (a ValueError)."""
@@ -64,6 +66,7 @@ class Admission:
             end_ids=end_ids,
             model_end_ids=model_end,
             rules=self._rules(params),
+            prompt_logprobs=self._prompt_logprobs(params),
             extra={"vocab_size": self._config.vocab_size},
         )
 
@@ -98,6 +101,12 @@ class Admission:
         if needs_text and self._tokenizer is None:
             raise ParameterError("stop, bad_words and rank_by need a tokenizer, which the checkpoint doesn't have")
 
+    def _prompt_logprobs(self, params: CommonParams) -> int | None:
+        """How many top log-probs to read at each prompt token; None: nothing."""
+        asked = params.prompt_logprobs if isinstance(params, SamplingParams) else None
+        vocab = self._config.vocab_size
+        return None if asked is None else vocab if asked < 0 else min(asked, vocab)
+
     def _rules(self, params: CommonParams) -> StopTexts | None:
         rank_by = isinstance(params, SamplingParams) and params.rank_by is not None
         if self._tokenizer is None or not (params.stop or rank_by):
@@ -127,6 +136,7 @@ class Admission:
             bad_words=self._bad_words(params.bad_words),
             logit_bias=tuple((params.logit_bias or {}).items()),
             rank=params.logprobs is not None,
+            processors=next(self._processors) if params.logits_processors else 0,
             **own,
         )
 

@@ -18,7 +18,7 @@ from pagefork.scheduler.scheduler import Scheduler
 from .admission import Admission, Prompt
 from .build import Built, build
 from .config import EngineConfig
-from .output_processor import OutputProcessor
+from .output_processor import OutputProcessor, Pieces
 from .outputs import EngineStats, RequestOutput
 
 logger = logging.getLogger("pagefork")
@@ -49,6 +49,7 @@ class LLMEngine:
         self._admission = Admission(
             self._built.model.config, self._built.first_token, self.tokenizer, self.max_model_len, config.seed
         )
+        self._pieces = Pieces(self.tokenizer)
         self._processors: dict[str, OutputProcessor] = {}
         self._undelivered: list[RequestOutput] = []
         self._owner: int | None = None
@@ -69,7 +70,9 @@ class LLMEngine:
         """Queue a prepared request."""
         self._enter()
         outputs = self._scheduler.add(request)
-        self._processors[request.id] = OutputProcessor(request, text, outputs, self.tokenizer)
+        self._processors[request.id] = OutputProcessor(request, text, outputs, self._pieces)
+        if request.params.logits_processors:
+            self._runner.processors.register(request.spec.processors, len(request.prompt), request.params.logits_processors)
 
     def abort_request(self, request_id: str) -> None:
         """End a request now; its output with finish_reason "abort" comes with the next step. Unknown ids are ignored."""
@@ -137,7 +140,10 @@ class LLMEngine:
         return updates + self._scheduler.apply(result)
 
     def _process(self, update: Update) -> RequestOutput:
-        processor = self._processors.pop(update.request_id) if update.done else self._processors[update.request_id]
+        processor = self._processors[update.request_id]
+        if update.done:
+            del self._processors[update.request_id]
+            self._runner.processors.forget(processor.request.spec.processors)
         return processor.process(update)
 
     def _enter(self) -> None:

@@ -7,6 +7,7 @@ import time
 from pagefork.scheduler.edits import Update
 from pagefork.scheduler.params import CommonParams
 from pagefork.scheduler.request import Request
+from pagefork.scheduler.scoring import Scored
 from pagefork.scheduler.strategies.base import Emit, Finish, Top
 
 from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -14,13 +15,37 @@ from .text_rules import first_stop, held_back
 from .tokenizer import DetokState, Tokenizer
 
 
+class Pieces:
+    """The texts of single tokens for tables of log-probs, each decoded once."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self.tokenizer = tokenizer
+        self._texts: dict[int, str | None] = {}
+
+    def logprobs(self, token: int, logp: float, top: Top) -> dict[int, Logprob]:
+        """The chosen token first, then the most probable ones."""
+        table = {token: Logprob(logp, top.rank or None, self._text(token))}
+        for rank, (other, value) in enumerate(zip(top.ids.tolist(), top.logps.tolist(), strict=True), 1):
+            if other >= 0 and other not in table:
+                table[other] = Logprob(value, rank, self._text(other))
+        return table
+
+    def _text(self, token: int) -> str | None:
+        if self.tokenizer is None:
+            return None
+        if token not in self._texts:
+            self._texts[token] = self.tokenizer.decode([token], skip_special_tokens=False)
+        return self._texts[token]
+
+
 class _Stream:
     """One output under way. `text` is decoded; what could begin a stop text is not shown yet."""
 
-    def __init__(self, index: int, params: CommonParams, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, index: int, params: CommonParams, pieces: Pieces) -> None:
         self.index = index
         self._params = params
-        self._tokenizer = tokenizer
+        self._pieces = pieces
+        self._tokenizer = pieces.tokenizer
         self._detok = DetokState()
         self._text = ""
         self._immune = 0  # stop texts within so many characters came before min_tokens and end nothing
@@ -41,8 +66,7 @@ class _Stream:
                 if self._count < self._params.min_tokens:
                     self._immune = len(self._text)
         if self._logprobs is not None and event.tops is not None:
-            for token, logp, top in zip(event.tokens, event.logps, event.tops, strict=True):
-                self._logprobs.append(self._table(token, logp, top))
+            self._logprobs += map(self._pieces.logprobs, event.tokens, event.logps, event.tops)
 
     def finish(self, event: Finish) -> None:
         self._finish = event
@@ -69,25 +93,34 @@ class _Stream:
             score=finish.score if finish else None,
         )
 
-    def _table(self, token: int, logp: float, top: Top) -> dict[int, Logprob]:
-        table = {token: Logprob(logp, top.rank or None, self._piece(token))}
-        for rank, (other, value) in enumerate(zip(top.ids.tolist(), top.logps.tolist(), strict=True), 1):
-            if other >= 0 and other not in table:
-                table[other] = Logprob(value, rank, self._piece(other))
-        return table
 
-    def _piece(self, token: int) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.decode([token], skip_special_tokens=False)
+class _PromptLogprobs:
+    """Log-probs of the prompt's tokens, as far as they are known."""
+
+    def __init__(self, request: Request, pieces: Pieces) -> None:
+        self._ids = request.prompt.tolist()
+        self._pieces = pieces
+        self._entries: list[dict[int, Logprob] | None] = [None]
+
+    def add(self, scored: Scored) -> None:
+        tokens = self._ids[scored.begin : scored.begin + len(scored.logps)]
+        tops = map(Top, scored.ranks, scored.top_ids, scored.top_logps)
+        self._entries += map(self._pieces.logprobs, tokens, scored.logps, tops)
+
+    def entries(self) -> list[dict[int, Logprob] | None]:
+        """A list that does not change any more."""
+        return self._entries if len(self._entries) == len(self._ids) else self._entries.copy()
 
 
 class OutputProcessor:
     """Turns the updates of one request into cumulative RequestOutputs."""
 
-    def __init__(self, request: Request, prompt: str | None, outputs: int, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, request: Request, prompt: str | None, outputs: int, pieces: Pieces) -> None:
         self.request = request
         self._prompt = prompt
         self._ids = request.prompt.tolist()
-        self._streams = [_Stream(index, request.params, tokenizer) for index in range(outputs)]
+        self._streams = [_Stream(index, request.params, pieces) for index in range(outputs)]
+        self._prompt_logprobs = None if request.prompt_logprobs is None else _PromptLogprobs(request, pieces)
         self._metrics = RequestMetrics(arrival_time=time.monotonic())
 
     def process(self, update: Update) -> RequestOutput:
@@ -97,6 +130,9 @@ class OutputProcessor:
                 self._streams[event.index].emit(event)
             else:
                 self._streams[event.index].finish(event)
+        if self._prompt_logprobs is not None:
+            for scored in update.scores:
+                self._prompt_logprobs.add(scored)
         now = time.monotonic()
         if self._metrics.first_token_time is None and any(isinstance(event, Emit) for event in update.events):
             self._metrics.first_token_time = now
@@ -107,6 +143,7 @@ class OutputProcessor:
             request_id=update.request_id,
             prompt=self._prompt,
             prompt_token_ids=self._ids,
+            prompt_logprobs=None if self._prompt_logprobs is None else self._prompt_logprobs.entries(),
             outputs=[stream.output() for stream in self._streams],
             finished=update.done,
             metrics=self._metrics,

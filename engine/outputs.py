@@ -43,11 +43,15 @@ class RequestMetrics(msgspec.Struct, kw_only=True):
 
 
 class RequestOutput(msgspec.Struct, kw_only=True):
-    """Everything known of one request. `error` is set when `finish_reason` is "error"."""
+    """Everything known of one request. `error` is set when `finish_reason` is "error".
+
+    prompt_logprobs: per prompt token, as CompletionOutput.logprobs; None for the first, which nothing precedes.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics

@@ -8,12 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagefork.scheduler.plan import LAST_TOKEN, Plan, Reads, Result, Rows
+from pagefork.scheduler.plan import LAST_TOKEN, Ints, Kind, Plan, Probe, Reads, Result, Rows
+from pagefork.scheduler.reading import joined
 
 from .batch import build_batch
 from .cache import KVCache
 from .models.registry import Model
 from .sampler import Sampler
+
+_SLICE = 1 << 24  # most logits of prompt tokens held at once
 
 
 class ModelRunner:
@@ -24,6 +27,7 @@ class ModelRunner:
         self._cache = cache
         self._table = np.zeros((max_num_seqs, -(-max_model_len // cache.block_size)), np.int32)
         self._sampler = Sampler(max_num_seqs, model.config.vocab_size, max_model_len, cache.device)
+        self.processors = self._sampler.processors
         self._results: deque[Result] = deque()
 
     @torch.inference_mode()
@@ -57,18 +61,38 @@ class ModelRunner:
         return tokens
 
     def _read(self, plan: Plan, hidden: Tensor) -> list[Reads]:
-        """Logits once for every position that any probe names."""
-        if not plan.probes:
+        """Logits once for every position that any probe names; those of prompts a slice at a time, as there are many."""
+        together = [probe for probe in plan.probes if probe.kind is not Kind.TARGET]
+        reads = iter(self._read_together(together, plan.rows, hidden))
+        return [
+            self._read_sliced(probe, plan.rows, hidden) if probe.kind is Kind.TARGET else next(reads) for probe in plan.probes
+        ]
+
+    def _read_together(self, probes: list[Probe], rows: Rows, hidden: Tensor) -> list[Reads]:
+        if not probes:
             return []
-        rows = plan.rows
-        at = np.concatenate([probe.at for probe in plan.probes])
-        places, index = np.unique(at, return_inverse=True)
-        logits = self._model.logits(hidden[torch.from_numpy(places).to(hidden.device).long()])
-        row = np.searchsorted(rows.offset, places, side="right") - 1
-        positions = rows.start[row] + places - rows.offset[row]
+        places, index = np.unique(np.concatenate([probe.at for probe in probes]), return_inverse=True)
+        logits, positions = self._logits(places, rows, hidden)
         reads, begin = [], 0
-        for probe in plan.probes:
+        for probe in probes:
             part = index[begin : begin + len(probe.at)]
             begin += len(probe.at)
             reads.append(self._sampler.read(logits, probe, torch.from_numpy(part).to(hidden.device), positions[part]))
         return reads
+
+    def _read_sliced(self, probe: Probe, rows: Rows, hidden: Tensor) -> Reads:
+        size = max(1, _SLICE // self._model.config.vocab_size)
+        parts: list[Reads] = []
+        for begin in range(0, len(probe.at), size):
+            cut = slice(begin, begin + size)
+            assert probe.target is not None
+            part = Probe(probe.kind, probe.at[cut], probe.slot[cut], probe.n, target=probe.target[cut])
+            logits, positions = self._logits(part.at, rows, hidden)
+            parts.append(self._sampler.read(logits, part, torch.arange(len(part.at), device=hidden.device), positions))
+        return joined(parts)
+
+    def _logits(self, places: Ints, rows: Rows, hidden: Tensor) -> tuple[Tensor, Ints]:
+        """Logits at flat token indices, and the positions of their tokens."""
+        row = np.searchsorted(rows.offset, places, side="right") - 1
+        logits = self._model.logits(hidden[torch.from_numpy(places).to(hidden.device).long()])
+        return logits, rows.start[row] + places - rows.offset[row]

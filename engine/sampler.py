@@ -22,6 +22,7 @@ from pagefork.kernels.scratch import Scratch, chunks, widened
 from pagefork.kernels.top_logprobs import best_ids, padded, token_rank
 from pagefork.scheduler.plan import Bools, Forks, Ints, Kind, Opens, Probe, Reads, Rows, Spec
 
+from .custom_logits import LogitsProcessors
 from .slot_state import SlotState
 
 
@@ -48,13 +49,15 @@ class Sampler:
 
     def __init__(self, max_slots: int, vocab_size: int, max_len: int, device: torch.device) -> None:
         self.last = torch.zeros(max_slots, dtype=torch.int64, device=device)  # the token drawn last; 0 after a bad row
-        self._state = SlotState(max_slots, vocab_size, max_len, device)
+        self.processors = LogitsProcessors(vocab_size)
+        self._state = SlotState(max_slots, vocab_size, max_len, device, self.processors)
         self._vocab_size, self._device = vocab_size, device
         self._scratch = Scratch()
         self._seen: _Seen | None = None
         self._readers: dict[Kind, Callable[[Tensor, Probe, Tensor, NDArray[Any]], Reads]] = {
             Kind.SAMPLE: self._sample,
             Kind.TOPN: self._top,
+            Kind.TARGET: self._target,
         }
 
     def fork(self, forks: Forks) -> None:
@@ -69,6 +72,7 @@ class Sampler:
     def feed(self, rows: Rows, tokens: Tensor) -> None:
         """Takes the tokens, int64 [T], that this step feeds; before its logits are read."""
         self._seen = None
+        self.processors.begin_step()
         self._state.feed(rows, tokens)
 
     @torch.no_grad()
@@ -84,7 +88,11 @@ class Sampler:
             raise ValueError(f"logits must be of shape [rows, {self._vocab_size}], not {list(logits.shape)}")
         if probe.similarity is not None or probe.mask is not None:
             raise ValueError(f"{probe.kind.name} reads no similarity; leave `similarity` and `mask` of the probe None")
-        return self._readers[probe.kind](logits, probe, index, position)
+        reads = self._readers[probe.kind](logits, probe, index, position)
+        if self.processors.failures and reads.bad.any():
+            places = enumerate(zip(probe.slot.tolist(), position.tolist(), strict=True))
+            reads.why = {i: f"a logits processor failed: {why}" for i, at in places if (why := self.processors.failures.get(at))}
+        return reads
 
     def _sample(self, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> Reads:
         fields = self._state.fields[probe.slot]
@@ -132,11 +140,37 @@ class Sampler:
             top_p=padded(chance, probe.n, 0.0).cpu().numpy(),
         )
 
-    def _parts(self, logits: Tensor, slot: Ints, index: Tensor, position: NDArray[Any]) -> Iterator[tuple[slice, _Part]]:
-        """One part at a time: the next one overwrites the memory of the last."""
+    def _target(self, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> Reads:
+        """Log-prob and rank of given tokens, and the most probable ones at their places."""
+        assert probe.target is not None
+        target, wanted = self._tensor(probe.target).long(), self._state.fields["processed"][probe.slot]
+        n = min(probe.n, self._vocab_size)
+        found: list[tuple[Tensor, ...]] = []
+        for cut, part in self._parts(logits, probe.slot, index, position, wanted):
+            model, dist = self._distributions(part, wanted[cut])
+            processed = dist.scale() if wanted[cut].any() else model
+            bad = torch.where(self._tensor(wanted[cut]), processed.bad, model.bad)
+            ids = torch.cat((target[cut, None], best_ids(self._ordered(part, processed), n)), -1)
+            logp = self._log_probs(part, model, processed, ids)
+            found.append((bad, self._ranks(part, target[cut]), ids, logp))
+        bad, rank, ids, logp = map(torch.cat, zip(*found, strict=True))
+        return Reads(
+            bad=bad.cpu().numpy(),
+            logp=logp[:, 0].cpu().numpy(),
+            rank=rank.int().cpu().numpy(),
+            top_id=padded(ids[:, 1:], probe.n, -1).int().cpu().numpy(),
+            top_logp=padded(logp[:, 1:], probe.n, -torch.inf).cpu().numpy(),
+        )
+
+    def _parts(
+        self, logits: Tensor, slot: Ints, index: Tensor, position: NDArray[Any], adjusting: Bools | None = None
+    ) -> Iterator[tuple[slice, _Part]]:
+        """One part at a time: the next one overwrites the memory of the last. Only rows marked `adjusting` need `adjusted`."""
         for cut in chunks(len(slot), self._vocab_size, self._device):
             model = widened(self._rows(logits, index[cut]), self._scratch)
-            adjusted = self._state.adjust(model, slot[cut], position[cut], self._scratch)
+            adjusted = model
+            if adjusting is None or adjusting[cut].any():
+                adjusted = self._state.adjust(model, slot[cut], position[cut], self._scratch)
             yield cut, _Part(self._state.fields[slot[cut]], model, adjusted)
 
     def _rows(self, logits: Tensor, index: Tensor) -> Tensor:

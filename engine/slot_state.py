@@ -21,6 +21,7 @@ from pagefork.kernels.penalties import apply_penalties
 from pagefork.kernels.scratch import Scratch
 from pagefork.scheduler.plan import Forks, Ints, Opens, Rows, Spec
 
+from .custom_logits import LogitsProcessors
 from .ragged import Ragged
 
 _COPIED = (  # fields of a Spec that are numbers
@@ -37,6 +38,7 @@ _COPIED = (  # fields of a Spec that are numbers
     ("processed", np.bool_),
     ("rank", np.bool_),
     ("history", np.bool_),
+    ("processors", np.int64),
 )
 _FIELDS = np.dtype([*_COPIED, ("seed", np.int64), ("stream", np.int64)], align=True)
 _BIAS = np.dtype([("token", np.int64), ("bias", np.float32)], align=True)
@@ -47,13 +49,13 @@ _FIRST_COLUMNS = 256
 class SlotState:
     """Parameters, sparse lists and token histories by slot."""
 
-    def __init__(self, max_slots: int, vocab_size: int, max_len: int, device: torch.device) -> None:
+    def __init__(self, max_slots: int, vocab_size: int, max_len: int, device: torch.device, processors: LogitsProcessors) -> None:
         self.fields = np.zeros(max_slots, _FIELDS)
         self.history: Tensor | None = None  # int32 [max_slots, columns]; what lies past a sequence's end means nothing
         self._end_ids, self._allowed = Ragged(max_slots, np.int64), Ragged(max_slots, np.int64)
         self._bias, self._words = Ragged(max_slots, _BIAS), Ragged(max_slots, _WORD)
         self._lists = self._end_ids, self._allowed, self._bias, self._words
-        self._vocab_size, self._max_len, self._device = vocab_size, max_len, device
+        self._vocab_size, self._max_len, self._device, self._processors = vocab_size, max_len, device, processors
 
     def fork(self, forks: Forks) -> None:
         """dst becomes src but for the stream; all sources are read before any slot is written."""
@@ -99,12 +101,14 @@ class SlotState:
         self._write(rows.slot[row[fed]], position[fed], tokens[self._index(fed)])
 
     def adjust(self, logits: Tensor, slot: Ints, position: NDArray[Any], scratch: Scratch) -> Tensor:
-        """The stages that concern single tokens: bans, bias, penalties. fp32 [P, W], or `logits` itself where none applies.
+        """The stages before the temperature: bans, bias, penalties, the request's own processors.
 
+        Returns fp32 [P, W], or `logits` itself where none applies. Inside a prompt nothing counts as generated.
         logits: fp32 [P, W], not modified. slot, position: [P], the last position that counts. Uses the buffer "adjusted".
         """
         fields, length = self.fields[slot], position + 1
-        ends_banned = length - fields["prompt_len"] < fields["min_tokens"]
+        generated = length - fields["prompt_len"]
+        ends_banned = (generated >= 0) & (generated < fields["min_tokens"])
         ends, allowed, bias, words = (
             lists.gather(slot, wanted) for lists, wanted in zip(self._lists, (ends_banned, None, None, None), strict=True)
         )
@@ -128,6 +132,8 @@ class SlotState:
         if fields["history"].any():
             names = ("prompt_len", "repetition_penalty", "frequency_penalty", "presence_penalty")
             apply_penalties(out, tokens, length_held, *(self._tensor(fields[name]) for name in names), out=out)
+        if fields["processors"].any():
+            self._processors.apply(out, fields["processors"], slot, position, tokens)
         return out
 
     def _histories(self, slot: Ints, length: NDArray[Any]) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,10 @@ def _refusal(value: Any, kind: Any) -> str | None:
     if isinstance(value, float) and value and not fits_float32(value):
         return "it does not fit a 32-bit float, which is what is computed with"
     if "Callable" in repr(kind):
-        return None if value is None or callable(value) else "it is not callable"
+        several = "Sequence" in repr(kind)
+        if value is None or (all(map(callable, value)) if several and isinstance(value, list | tuple) else callable(value)):
+            return None
+        return "it is a list of callables" if several else "it is not callable"
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError as error:

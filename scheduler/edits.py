@@ -9,16 +9,18 @@ from .errors import PageforkError
 from .group import Group, State, TokenTree, append_each
 from .kv_manager import KVManager
 from .plan import Ints, ints
+from .scoring import Scored
 from .slots import Slots
 from .strategies.base import Ask, Drop, Edit, Emit, Finish, Grow, Ids, Read
 
 
 class Update(msgspec.Struct):
-    """What happened to a request in a step, in order. `done`: it is over; `error`: why, where it failed."""
+    """What happened to a request in a step, in order; `scores` are of its prompt. `done`: it is over; `error`: why it failed."""
 
     request_id: str
     events: list[Emit | Finish] = []
     asks: list[Ask] = []
+    scores: list[Scored] = []
     done: bool = False
     cached_tokens: int = 0
     preemptions: int = 0

@@ -20,8 +20,10 @@ def step_failed(group: Group, error: BaseException) -> PageforkError:
     return _caused(StepFailedError(text), error)
 
 
-def numeric(group: Group) -> PageforkError:
-    """The model gave no usable logits."""
+def unusable(group: Group, why: str | None) -> PageforkError:
+    """The model gave no usable logits; `why`: what else made them so."""
+    if why is not None:
+        return StepFailedError(f"request {group.request.id!r}: {why}")
     return NumericError(f"the model returned NaN, or nothing but -inf, for a row of request {group.request.id!r}")
 
 

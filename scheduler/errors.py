@@ -42,5 +42,9 @@ class EngineMisuseError(PageforkError, RuntimeError):
     """The engine was called from a second thread or from inside its own step."""
 
 
+class EngineDeadError(PageforkError):
+    """The engine stopped for good: it was shut down, or failed in a way that it can't go on from; the cause is attached."""
+
+
 class BlockAccountingError(PageforkError, AssertionError):
     """The block pool contradicts the tables that refer to it; a bug in Pagefork, never in its user."""

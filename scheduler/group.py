@@ -73,7 +73,8 @@ class Group:
     """One request's sequences, its strategy, and the blocks that all of them share (`trunk`, one reference each).
 
     `expect`: running sequences whose read-out of this generation is outstanding. `asked`: an Ask is out.
-    `flights`: plans in flight that hold rows of the group.
+    `flights`: plans in flight that hold rows of the group. `scored`: prompt positions at which the next token's log-prob
+    was read, in requests that ask for it; else all of them.
     """
 
     def __init__(self, number: int, request: Request, strategy: Strategy, sequences: Sequences) -> None:
@@ -91,6 +92,7 @@ class Group:
         self.expect = 0
         self.asked = False
         self.flights = 0
+        self.scored = 0 if request.prompt_logprobs is not None else len(request.prompt) - 1
         self.held: list[tuple[Ids, list[Any]]] = []  # reads of a generation that is not complete yet
         self.bypassed = 0
         self.preemptions = 0
@@ -115,6 +117,11 @@ class Group:
         table.pipelined[root] = self.strategy.pipelined
         self.expect = 1
         return root
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether nothing of the prompt is left to be scored."""
+        return self.scored == len(self.request.prompt) - 1
 
     def prefix(self, length: int) -> Ints:
         """The first `length` tokens, which all sequences share."""

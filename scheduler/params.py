@@ -6,7 +6,7 @@ Names mean what they mean in vLLM, else in Hugging Face.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
@@ -34,6 +34,9 @@ FOREIGN_NAMES = {
 }
 
 
+# Called with the prompt's token ids, the output's token ids so far, and the logits, a float32 torch tensor [vocabulary];
+# returns logits of that shape.
+LogitsProcessor = Callable[[list[int], list[int], Any], Any]
 Probability = Annotated[float, Meta(gt=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -42,6 +45,11 @@ StopString = Annotated[str, Meta(min_length=1)]
 
 class CommonParams(Checked, frozen=True, kw_only=True):
     """What every decoding strategy honours. Ranges stand in the annotations.
+
+    logits_processors, in process only, are called one after another for every token of every sequence, after bans, bias
+    and penalties and before the temperature: processor(prompt_token_ids, output_token_ids, logits) -> logits, with logits
+    a float32 tensor [vocabulary] that may be changed in place. They see one sequence at a time and must depend on these
+    arguments alone, since sequences fork. Each call costs a pass over the vocabulary and a Python call, for this request.
 
     Raises ParameterError (a ValueError) for an unknown name, a wrong type or a value out of range.
     """
@@ -66,6 +74,7 @@ class CommonParams(Checked, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=-1, description="Top log-probs per token; 0: the chosen token's only; -1: the whole vocabulary")]
         | None
     ) = None
+    logits_processors: Sequence[LogitsProcessor] | None = None
 
     error: ClassVar[type[PageforkError]] = ParameterError
     foreign: ClassVar[dict[str, str]] = FOREIGN_NAMES
@@ -122,6 +131,10 @@ class SamplingParams(CommonParams, frozen=True, kw_only=True, tag="sampling"):
                 description="Makes the draws reproducible; None: derived from the engine's seed and the request id",
             ),
         ]
+        | None
+    ) = None
+    prompt_logprobs: (
+        Annotated[int, Meta(ge=-1, description="As logprobs, for the tokens of the prompt; they are not taken from the cache")]
         | None
     ) = None
     logprobs_mode: Annotated[Literal["raw", "processed"], Meta(description="Log-probs before or after the logits pipeline")] = (

@@ -51,6 +51,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: tuple[tuple[int, float], ...] = ()
     processed: bool = False  # report log-probs of the processed distribution, not of the model's
     rank: bool = False  # report the rank of the drawn token (one more pass over the logits)
+    processors: int = 0  # the number under which the runner knows the request's own logits processors; 0: none
 
     @property
     def history(self) -> bool:
@@ -61,6 +62,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
             or self.presence_penalty != 0.0
             or self.no_repeat_ngram_size > 0
             or any(len(word) > 1 for word in self.bad_words)
+            or self.processors > 0
         )
 
 
@@ -157,7 +159,8 @@ class Plan(msgspec.Struct):
 class Reads(msgspec.Struct):
     """What one Probe found; arrays parallel to its entries, None where the kind has no such thing.
 
-    TOPN orders by log-prob (descending, ties to the lower id); columns past the vocabulary are id -1.
+    TOPN orders by log-prob (descending, ties to the lower id); columns past the vocabulary are id -1. TARGET gives
+    logp, rank, top_id and top_logp. `why` says what made an entry bad if it was not the model, by index.
     """
 
     bad: Bools  # [P] NaN or only -inf: the other fields of this entry mean nothing
@@ -170,6 +173,7 @@ class Reads(msgspec.Struct):
     parent: Ints | None = None
     score: Floats | None = None
     sim: Floats | None = None
+    why: dict[int, str] = {}
 
 
 class Result(msgspec.Struct):

@@ -10,6 +10,7 @@ import numpy as np
 from .group import Group
 from .plan import Ints, Longs, Reads
 from .planning import Segment
+from .scoring import Part
 from .strategies.base import Samples
 
 _FIELDS = ("token", "logp", "rank", "top_id", "top_logp", "top_p", "parent", "score", "sim")
@@ -27,6 +28,7 @@ class Flight(NamedTuple):
     read: Ints  # sequences of all segments
     read_births: Longs
     segments: list[Segment]
+    scores: list[Part]  # entries of the last probe
     groups: list[Group]
 
 
@@ -45,6 +47,10 @@ class Reading:
     def bad(self, parts: list[tuple[int, int, int, int]]) -> bool:
         """Whether any of the parts met NaN or nothing but -inf."""
         return any(bool(self._reads[probe].bad[begin:end].any()) for probe, begin, end, _ in parts)
+
+    def why(self, parts: list[tuple[int, int, int, int]]) -> str | None:
+        """What made an entry of the parts bad, where it was not the model."""
+        return next(iter(why for probe, begin, end, _ in parts if (why := first_why(self._reads[probe], begin, end))), None)
 
     def of(self, parts: list[tuple[int, int, int, int]], keep: list[int] | None = None) -> list[Any]:
         """One item per part, Samples or Reads; `keep` are the positions of entries that still count."""
@@ -73,6 +79,11 @@ class Reading:
         return Reads(**fields)
 
 
+def first_why(reads: Reads, begin: int, end: int) -> str | None:
+    """Why the first of entries [begin, end) that has a reason is bad."""
+    return next((text for index, text in sorted(reads.why.items()) if begin <= index < end), None)
+
+
 def join(parts: Sequence[Any], counts: list[int]) -> Any:
     """The reads of one Read that came in several steps, in order; counts are their entries."""
     if len(parts) == 1:
@@ -80,6 +91,15 @@ def join(parts: Sequence[Any], counts: list[int]) -> Any:
     if isinstance(parts[0], Samples):
         at = [(part, i) for part, count in zip(parts, counts, strict=True) for i in range(part.begin, part.begin + count)]
         return Samples(0, [part.token[i] for part, i in at], [part.logp[i] for part, i in at], [part.rank[i] for part, i in at])
+    return joined(parts)
+
+
+def joined(parts: Sequence[Reads]) -> Reads:
+    """The entries of several Reads, one after another."""
     columns = {name: [getattr(part, name) for part in parts] for name in ("bad", *_FIELDS)}
-    joined: dict[str, Any] = {name: None if column[0] is None else np.concatenate(column) for name, column in columns.items()}
-    return Reads(**joined)
+    arrays: dict[str, Any] = {name: None if column[0] is None else np.concatenate(column) for name, column in columns.items()}
+    begin, why = 0, {}
+    for part in parts:
+        why.update({begin + index: text for index, text in part.why.items()})
+        begin += len(part.bad)
+    return Reads(**arrays, why=why)

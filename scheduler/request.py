@@ -27,7 +27,8 @@ class Request:
     """One prompt and what to do with it.
 
     `end_ids` end an output (the model's own, unless ignored, and `params.stop_token_ids`); `limit` is the
-    length at which a sequence is full, prompt included; `salt` separates prefix caches.
+    length at which a sequence is full, prompt included; `salt` separates prefix caches. `prompt_logprobs`: score the
+    prompt's own tokens, and read so many of the most probable ones at each.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Request:
     end_ids: frozenset[int] = frozenset()
     model_end_ids: frozenset[int] = frozenset()
     rules: TextRules | None = None
+    prompt_logprobs: int | None = None
     salt: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
     room: int = field(init=False)  # tokens that an output can have

@@ -123,7 +123,8 @@ class Residents:
             if budget <= 0 or self._widths + group.width > self.max_width:
                 return False
             tokens, shared = self._lengths(group)
-            hits = self.kv.take_prefix(group, group.prefix(shared), shared // size)
+            reusable = shared if group.is_scored else min(shared, group.scored)
+            hits = self.kv.take_prefix(group, group.prefix(shared), reusable // size)
             room = -(-tokens // size) - hits + group.width
             if self.running and self.kv.pool.free < reserved + room:
                 self.kv.drop_prefix(group)

@@ -19,11 +19,12 @@ from .edits import Editor, Update, fork_now, going_on
 from .errors import EngineMisuseError, InvalidRequestError
 from .group import Group, State
 from .kv_manager import KVManager
-from .plan import Ints, Plan, Result, Rows, ints
+from .plan import Ints, Plan, Reads, Result, Rows, ints
 from .planning import Chosen, Entries, ProbeTable, Segment, assemble, shared_runs, tokens_of
-from .reading import Flight, Reading, join
+from .reading import Flight, Reading, first_why, join
 from .request import Request
 from .residents import Residents
+from .scoring import Part, scored, targets
 from .strategies.base import Edit, Finish, Ids, Strategy, make
 
 _NARROW = 64  # up to this width a group's sequences are given as a list: arrays of few elements are slow
@@ -64,6 +65,7 @@ class Scheduler:
         self._groups: dict[int, Group] = {}
         self._by_id: dict[str, Group] = {}
         self._flights: deque[Flight] = deque()
+        self._unscored: dict[int, Group] = {}  # whose prompt tokens are to be scored, by number
         self._arrivals = 0
         self._broken: list[tuple[Group, Exception]] = []  # their strategy raised while a step was planned
 
@@ -88,6 +90,8 @@ class Scheduler:
         group.order = (request.priority if self.policy == "priority" else 0, request.arrival)
         self._arrivals += 1
         self._groups[group.number] = self._by_id[request.id] = group
+        if not group.is_scored:
+            self._unscored[group.number] = group
         self.residents.waiting.push(group)
         self.counters.prompt_tokens += len(request.prompt)
         return group.outputs
@@ -137,7 +141,10 @@ class Scheduler:
         segments, read, children = self._probe(chosen, probes)
         plan = assemble(self.counters.steps, written, probes, self.kv, self.residents.slots, self._groups, rows)
         self.kv.settle(written)
-        self._launch(plan, chosen, segments, read, children)
+        target, scores = targets(chosen, offset, table, self._unscored) if self._unscored else (None, [])
+        if target is not None:
+            plan.probes.append(target)
+        self._launch(plan, chosen, segments, scores, read, children)
         return plan
 
     def _probe(self, chosen: Chosen, probes: ProbeTable) -> tuple[list[Segment], Entries, Ints]:
@@ -168,7 +175,9 @@ class Scheduler:
             segments.append((group, seqs, parts))
         return segments, read_for, ints(children)
 
-    def _launch(self, plan: Plan, chosen: Chosen, segments: list[Segment], read: Entries, children: Ints) -> None:
+    def _launch(
+        self, plan: Plan, chosen: Chosen, segments: list[Segment], scores: list[Part], read: Entries, children: Ints
+    ) -> None:
         table, counters = self.kv.table, self.counters
         seqs = read.array()
         table.probed[seqs] = table.scheduled[seqs]
@@ -178,7 +187,7 @@ class Scheduler:
         for group in groups:
             group.flights += 1
         births, eras, ends = table.birth[written], table.era[written], table.scheduled[written]
-        self._flights.append(Flight(plan.step, written, ends, births, eras, seqs, table.birth[seqs], segments, groups))
+        self._flights.append(Flight(plan.step, written, ends, births, eras, seqs, table.birth[seqs], segments, scores, groups))
         counters.steps += 1
         counters.forward_tokens += len(plan.rows.tokens)
         counters.forks += len(plan.forks.dst) + len(children)
@@ -197,12 +206,14 @@ class Scheduler:
         read = flight.read[valid]
         table.pending[read[table.pipelined[read]]] -= 1
         touched: dict[int, tuple[Group, Update]] = {}
+        for part in flight.scores:
+            self._score(part, result.reads[-1], touched)
         position, ended = 0, State.ENDED
         for group, seqs, parts in flight.segments:
             begin, position = position, position + len(seqs)
             if group.state is ended:
                 continue
-            if group.number in touched:  # one-token rows and longer ones of a group are separate segments
+            if group.number in touched:  # its prompt was scored, or it has one-token rows and longer ones: two segments
                 update = touched[group.number][1]
                 if update.error is not None:
                     continue
@@ -210,7 +221,7 @@ class Scheduler:
                 update = Update(group.request.id)
                 touched[group.number] = group, update
             if reading.any_bad and reading.bad(parts):
-                update.error = endings.numeric(group)
+                update.error = endings.unusable(group, reading.why(parts))
                 self.kv.unpublish(group)
                 continue
             keep = None
@@ -227,6 +238,19 @@ class Scheduler:
             self._edit(group, update, seqs, group.strategy.advance, group, seqs, reads)
         self._editor.flush()
         return self._close(touched.values())
+
+    def _score(self, part: Part, reads: Reads, touched: dict[int, tuple[Group, Update]]) -> None:
+        """Deliver the log-probs of prompt tokens."""
+        group = part.group
+        if group.state is State.ENDED:
+            return
+        update = Update(group.request.id)
+        touched[group.number] = group, update
+        if reads.bad[part.first : part.last].any():
+            update.error = endings.unusable(group, first_why(reads, part.first, part.last))
+            self.kv.unpublish(group)
+        else:
+            update.scores.append(scored(part, reads))
 
     def _confirm(self, flight: Flight) -> None:
         """What the plan computed counts from now on, for sequences that still hold the blocks it wrote."""
@@ -260,7 +284,7 @@ class Scheduler:
         self.counters.generated_tokens = self._editor.emitted
         busy = going_on(self.kv)
         for group, update in touched:
-            if group.number in busy and update.error is None and group.unfinished:
+            if update.error is None and group.unfinished and (group.number in busy or group.flights):
                 continue
             if group.unfinished and not group.asked and not group.held and update.error is None:
                 update.error = endings.strategy_failed(
@@ -298,6 +322,7 @@ class Scheduler:
         if group.state is not State.ENDED:
             self.residents.remove(group)
         group.unfinished.clear()
+        self._unscored.pop(group.number, None)
         del self._groups[group.number], self._by_id[group.request.id]
         return update
 

@@ -182,6 +182,22 @@ def test_top_after_sample_of_the_same_rows_reads_the_same_bits(chunk: int, monke
     assert (found.top_logp == fresh.top_logp).all() and (found.top_p == fresh.top_p).all()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_target_has_the_logprob_and_rank_that_drawing_it_would_report(seed: int) -> None:
+    specs, histories, logits = random_batch(SLOTS, 90 + seed)
+    built = [Spec(**{**spec, "rank": True}) for spec in specs]
+    slots, position = list(range(SLOTS)), [len(history) - 1 for history in histories]
+    drawn = read(opened(built, histories), logits, slots, position)
+    assert drawn.token is not None and drawn.logp is not None and drawn.rank is not None
+    top = read(opened(built, histories), logits, slots, position, Kind.TOPN, 5)
+    wanted = Probe(Kind.TARGET, ints(slots), ints(slots), 5, target=drawn.token)
+    found = opened(built, histories).read(logits, wanted, torch.arange(SLOTS), np.array(position))
+    assert found.logp is not None and found.rank is not None and not found.bad.any()
+    assert (found.logp == drawn.logp).all() and (found.rank == drawn.rank).all()
+    assert (found.top_id == top.top_id).all() and (found.top_logp == top.top_logp).all()
+    assert sum(spec.processed for spec in built) > 3
+
+
 @pytest.mark.parametrize("longer_life", [True, False])
 def test_histories_fed_in_pieces_equal_histories_given_at_once(longer_life: bool) -> None:
     """Also when a token is fed twice at its position, and when a slot had a longer life before."""
@@ -315,9 +331,8 @@ def test_no_history_is_held_unless_a_spec_needs_it() -> None:
 
 def test_what_can_not_be_read_is_an_error_that_says_so() -> None:
     sampler = opened([Spec(prompt_len=1)], [[]])
-    for kind in (Kind.MERGE, Kind.TARGET):
-        with pytest.raises(ValueError, match=f"no read-out for {kind.name}; there are SAMPLE, TOPN"):
-            read(sampler, torch.zeros(1, VOCAB), [0], [0], kind)
+    with pytest.raises(ValueError, match="no read-out for MERGE; there are SAMPLE, TOPN, TARGET"):
+        read(sampler, torch.zeros(1, VOCAB), [0], [0], Kind.MERGE)
     similar = Probe(kind=Kind.TOPN, at=ints([0]), slot=ints([0]), n=2, similarity=np.array([True]))
     with pytest.raises(ValueError, match="TOPN reads no similarity"):
         sampler.read(torch.zeros(1, VOCAB), similar, torch.tensor([0]), np.array([0]))

@@ -42,7 +42,8 @@ def soak(seed: int, steps: int) -> Harness:
             prompt = rng.choice(prefixes)[: rng.randrange(40)] + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 10))]
             params = some_params(rng)
             stops = frozenset([3]) if isinstance(params, SamplingParams) and rng.random() < 0.4 else frozenset()
-            harness.add(prompt, params, stops, priority=rng.randrange(3))
+            scored = rng.choice([None, None, None, 0, 3])
+            harness.add(prompt, params, stops, priority=rng.randrange(3), prompt_logprobs=scored)
         if rng.random() < 0.03 and harness.scheduler.has_unfinished:
             harness.abort(rng.choice(sorted(harness.scheduler._by_id)))
         if harness.asks and rng.random() < 0.5:

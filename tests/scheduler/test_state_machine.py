@@ -58,12 +58,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         prefix=st.sampled_from([0, 1]), shared=st.integers(0, 40),
         own=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8), params=params(),
-        stop=st.booleans(), priority=st.integers(0, 2),
+        stop=st.booleans(), priority=st.integers(0, 2), scored=st.sampled_from([None, None, 0, 2]),
     )  # fmt: skip
-    def add(self, prefix: int, shared: int, own: list[int], params: CommonParams, stop: bool, priority: int) -> None:
+    def add(
+        self, prefix: int, shared: int, own: list[int], params: CommonParams, stop: bool, priority: int, scored: int | None
+    ) -> None:
         stops = frozenset([3, 11]) if stop and isinstance(params, SamplingParams) else frozenset()
         try:
-            self.harness.add(PREFIXES[prefix][:shared] + own, params, stops, priority=priority)
+            self.harness.add(PREFIXES[prefix][:shared] + own, params, stops, priority=priority, prompt_logprobs=scored)
         except ValueError as error:
             assert "raise" in str(error)
 

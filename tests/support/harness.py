@@ -14,7 +14,7 @@ from pagefork.scheduler.plan import Spec
 from pagefork.scheduler.request import Request
 from pagefork.scheduler.scheduler import Scheduler
 from pagefork.scheduler.strategies.base import Emit
-from support.oracle import OracleRunner, continuation
+from support.oracle import OracleRunner, continuation, scores
 from support.toys import BeamToyParams, LookToyParams, RolloutToyParams, beam_reference, look_reference, rollout_reference, value
 
 
@@ -24,6 +24,9 @@ class Tracked:
 
     expected: list[list[int]]
     tokens: list[list[int]]
+    prompt: list[int] = field(default_factory=list)
+    spec: Spec | None = None
+    scored: list[tuple[int, float, list[int]]] | None = None  # of prompt tokens: position, log-prob, top ids
     reasons: dict[int, str] = field(default_factory=dict)
     scores: dict[int, float | None] = field(default_factory=dict)
     done: bool = False
@@ -65,7 +68,8 @@ class Harness:
                 expected = [rollout_reference(prompt, spec, params.branch, params.depth, count)]
             case _:
                 expected = []
-        self.requests[name] = Tracked(expected, [[] for _ in range(outputs)])
+        scored: list[tuple[int, float, list[int]]] | None = None if request.prompt_logprobs is None else []
+        self.requests[name] = Tracked(expected, [[] for _ in range(outputs)], prompt, spec, scored)
         return name
 
     def step(self) -> bool:
@@ -124,6 +128,10 @@ class Harness:
                 else:
                     tracked.reasons[event.index] = event.reason
                     tracked.scores[event.index] = event.score
+            for part in update.scores:
+                assert tracked.scored is not None, "prompt tokens are scored that nobody asked for"
+                rows = zip(part.logps, part.top_ids.tolist(), strict=True)
+                tracked.scored += [(part.begin + i, logp, top) for i, (logp, top) in enumerate(rows)]
             self.asks += [update.request_id for _ in update.asks]
             tracked.done = update.done
             tracked.error = update.error
@@ -134,8 +142,21 @@ class Harness:
         """Every finished request delivered exactly what it must, every aborted one a part of it, and only `errors` ended any."""
         for name, tracked in self.requests.items():
             assert tracked.error is None or isinstance(tracked.error, errors), f"request {name} failed: {tracked.error}"
+            if tracked.scored is not None:
+                self._assert_scored(name, tracked)
             if tracked.done and set(tracked.reasons.values()) <= {"stop", "length"}:
                 assert tracked.tokens == tracked.expected[: len(tracked.tokens)], f"request {name} got other tokens than alone"
             else:
                 for tokens, expected in zip(tracked.tokens, tracked.expected, strict=False):
                     assert tokens == expected[: len(tokens)], f"request {name} got tokens that are not its own"
+
+    def _assert_scored(self, name: str, tracked: Tracked) -> None:
+        """Every prompt token but the first was scored once, in order and from all tokens before it; of ended requests a part."""
+        assert tracked.scored is not None and tracked.spec is not None
+        complete = tracked.done and set(tracked.reasons.values()) <= {"stop", "length"}
+        places = [position for position, _, _ in tracked.scored]
+        assert places == list(range(1, len(tracked.prompt) if complete else len(places) + 1)), f"request {name}: scored {places}"
+        for position, logp, top in tracked.scored:
+            values = scores(tracked.prompt[:position], tracked.spec)
+            assert np.float32(values[tracked.prompt[position]]) == np.float32(logp), f"request {name}: position {position}"
+            assert top == np.argsort(-values, kind="stable")[: len(top)].tolist()

@@ -153,8 +153,12 @@ class OracleRunner:
             self.last[probe.slot] = token
             logp = [scores(tokens, spec)[t] for tokens, spec, t in zip(contexts, specs, token, strict=True)]
             return Reads(bad, np.array(token, np.int32), np.array(logp, np.float32), np.ones(count, np.int32))
-        assert probe.kind is Kind.TOPN
         values = np.stack([scores(tokens, spec) for tokens, spec in zip(contexts, specs, strict=True)])
         top = np.argsort(-values, axis=1, kind="stable")[:, : probe.n].astype(np.int32)
         logp = np.take_along_axis(values, top, axis=1).astype(np.float32)
-        return Reads(bad, top_id=top, top_logp=logp, top_p=np.exp(logp))
+        if probe.kind is Kind.TOPN:
+            return Reads(bad, top_id=top, top_logp=logp, top_p=np.exp(logp))
+        assert probe.kind is Kind.TARGET and probe.target is not None
+        own = values[np.arange(count), probe.target].astype(np.float32)
+        rank = (values > own[:, None]).sum(1).astype(np.int32) + 1
+        return Reads(bad, logp=own, rank=rank, top_id=top, top_logp=logp)

@@ -1,0 +1,135 @@
+"""Logits processors of single requests: what they see, what they may do, and that only their own request feels them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pagefork import LLM, ParameterError, RequestOutput, SamplingParams, StepFailedError
+
+PROMPT = [5, 9, 200, 7]
+VOCAB = 4096
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    llm = LLM("demo", dtype="float32", num_blocks=100, max_num_seqs=16, max_num_batched_tokens=64)
+    yield llm
+    llm.engine.check()
+    stats = llm.engine.stats()
+    assert stats.free_blocks == stats.num_blocks
+    assert not llm.engine._runner.processors._registered, "processors outlive their request"
+
+
+def run(llm: LLM, *params: SamplingParams) -> list[RequestOutput]:
+    return llm.generate([PROMPT] * len(params), list(params), use_tqdm=False)
+
+
+class Only:
+    """Forces a sequence of tokens, and remembers what it was called with."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+        self.calls: list[tuple[list[int], list[int]]] = []
+
+    def __call__(self, prompt: list[int], output: list[int], logits: Tensor) -> Tensor:
+        assert logits.shape == (VOCAB,) and logits.dtype == torch.float32
+        self.calls.append((prompt, output))
+        forced = torch.full_like(logits, -torch.inf)
+        forced[self.tokens[len(output)]] = 0
+        return forced
+
+
+@pytest.mark.parametrize("mode", ["raw", "processed"])
+def test_a_processor_decides_and_is_called_once_per_token_with_the_tokens_so_far(llm: LLM, mode: Any) -> None:
+    only = Only([11, 22, 33])
+    params = SamplingParams(max_tokens=3, logprobs=2, logprobs_mode=mode, logits_processors=[only], seed=1)
+    [alone] = run(llm, SamplingParams(max_tokens=3, seed=1, logprobs=2))
+    forced, beside = run(llm, params, SamplingParams(max_tokens=3, seed=1, logprobs=2))
+    assert forced.outputs[0].token_ids == [11, 22, 33]
+    assert only.calls == [(PROMPT, []), (PROMPT, [11]), (PROMPT, [11, 22])]
+    assert beside.outputs == alone.outputs, "a neighbour is processed"
+    assert forced.outputs[0].logprobs is not None and alone.outputs[0].logprobs is not None
+    first, raw = forced.outputs[0].logprobs[0], alone.outputs[0].logprobs[0]
+    assert first[11].logprob == 0 if mode == "processed" else set(raw) - {alone.outputs[0].token_ids[0]} <= set(first)
+
+
+def test_every_forked_sequence_is_processed_on_its_own(llm: LLM) -> None:
+    seen = []
+
+    def watch(prompt: list[int], output: list[int], logits: Tensor) -> Tensor:
+        seen.append(tuple(output))
+        logits[output] = -torch.inf
+        return logits
+
+    [request] = run(llm, SamplingParams(n=3, max_tokens=6, temperature=1.5, seed=3, logits_processors=[watch]))
+    for output in request.outputs:
+        ids = output.token_ids
+        assert len(set(ids)) == len(ids)
+        assert all(tuple(ids[:count]) in seen for count in range(len(ids)))
+
+
+def test_processors_run_in_order_after_the_penalties_and_before_the_temperature(llm: LLM) -> None:
+    rows: list[Tensor] = []
+
+    def keep(prompt: list[int], output: list[int], logits: Tensor) -> Tensor:
+        rows.append(logits.clone())
+        return logits * 2
+
+    params = SamplingParams(max_tokens=1, temperature=0.5, logit_bias={3: 4.0}, repetition_penalty=2.0, seed=0)
+    run(llm, params.replace(logits_processors=[keep]), params.replace(logits_processors=(keep, keep)))
+    assert torch.equal(rows[1], rows[0]) and torch.equal(rows[2], rows[0] * 2)
+    run(llm, SamplingParams(max_tokens=1, logits_processors=[keep]))
+    raw = rows[3]
+    expected = raw.clone()
+    expected[3] += 4.0
+    for token in PROMPT:
+        expected[token] = expected[token] / 2 if expected[token] > 0 else expected[token] * 2
+    assert torch.equal(rows[0], expected)
+
+
+def test_preempted_sequences_are_not_processed_twice(llm: LLM) -> None:
+    small = LLM("demo", dtype="float32", num_blocks=12, block_size=4, max_num_seqs=4)
+    calls: list[tuple[int, ...]] = []
+
+    def count(prompt: list[int], output: list[int], logits: Tensor) -> Tensor:
+        calls.append((prompt[0], *output))
+        return logits
+
+    params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, logits_processors=[count])
+    outputs = small.generate([[i, 5, 6] for i in (1, 2, 3)], params, use_tqdm=False)
+    assert sum(output.metrics.preemptions for output in outputs) > 0
+    assert len(calls) == len(set(calls)) == 60
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda prompt, output, logits: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda prompt, output, logits: None, "it returned NoneType; a logits processor returns logits \\[4096\\]"),
+        (lambda prompt, output, logits: logits[:-1], "returned torch.float32 \\[4095\\]"),
+        (lambda prompt, output, logits: logits.long(), "returned torch.int64"),
+        (lambda prompt, logits: logits, "TypeError"),
+    ],
+)
+def test_a_processor_that_fails_ends_its_request_with_the_reason_and_no_other(llm: LLM, bad: Any, message: str) -> None:
+    plain = SamplingParams(max_tokens=4, temperature=0)
+    [alone] = run(llm, plain)
+    failed, beside = run(llm, plain.replace(logits_processors=[bad]), plain)
+    with pytest.raises(StepFailedError, match=message):
+        raise failed.error or AssertionError
+    assert failed.outputs[0].finish_reason == "error"
+    assert beside.outputs == alone.outputs
+
+
+@pytest.mark.parametrize("value", [0, [1], ["x"], lambda: 0])
+def test_what_is_no_list_of_callables_is_refused(value: Any) -> None:
+    if callable(value):
+        assert SamplingParams(logits_processors=[value]).logits_processors == [value]
+        value = {value}
+    with pytest.raises(ParameterError, match=r"logits_processors=.* is a list of callables"):
+        SamplingParams(logits_processors=value)
