@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-gpu lint format docs wheel bench clean
+.PHONY: help demo test test-long test-gpu lint format tables docs wheel bench clean
 export PYTHONSAFEPATH := 1
 
 VENV := .venv
@@ -40,8 +40,11 @@ format: $(READY)  ## rewrite the files as `make lint` wants them
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-docs: $(READY)  ## write the tables of parameters in docs/ from the code
+tables: $(READY)  ## write the tables of parameters in docs/ from the code
 	$(RUN) docs/tables.py
+
+docs: $(READY) $(VENV)/.docs  ## build the guides and the API reference into build/docs
+	$(RUN) -m sphinx --quiet --fail-on-warning --fresh-env -b html docs build/docs
 
 wheel: $(READY)  ## build the wheel into dist/
 	@rm -rf dist build/lib build/bdist.*
@@ -60,4 +63,8 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) by $(PYTHON); this takes a few minutes."
 	@test -x $(RUN) || '$(PYTHON)' -m venv $(VENV)
 	@$(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev,bench]'
+	@touch $@
+
+$(VENV)/.docs: $(READY)
+	@$(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[docs]'
 	@touch $@

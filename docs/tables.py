@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import msgspec
 
 import pagefork
-from pagefork.cli.fields import Field, fields_of
+from pagefork.cli.fields import fields_of
 from pagefork.scheduler.params import PRESETS
 
 MARKED = re.compile(r"(<!-- table of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -24,13 +26,38 @@ def table(name: str) -> str:
         rows = ["| name | settings |", "|---|---|"] + [f"| `{preset}` | {shown} |" for preset, shown in settings.items()]
     else:
         rows = ["| name | type | default | allowed | meaning |", "|---|---|---|---|---|"]
-        rows += [row(field) for field in fields_of(getattr(pagefork, name))]
+        rows += [f"| {' | '.join(row)} |" for row in parameters(getattr(pagefork, name))]
     return "\n".join(rows) + "\n"
 
 
-def row(field: Field) -> str:
-    default = "" if field.default is msgspec.NODEFAULT else f"`{field.default!r}`"
-    return f"| `{field.name}` | {field.type_name} | {default} | {field.bounds} | {field.description} |"
+def parameters(struct: type[msgspec.Struct]) -> Iterator[tuple[str, ...]]:
+    """Name, type, default, allowed range and meaning of every field that is not a function."""
+    for field in fields_of(struct):
+        default = "" if field.default is msgspec.NODEFAULT else f"`{field.default!r}`"
+        yield f"`{field.name}`", field.type_name, default, field.bounds, field.description
+
+
+def fields(struct: type[msgspec.Struct]) -> Iterator[tuple[str, ...]]:
+    """The same for every field of any Struct, in reStructuredText."""
+    described = {row[0].strip("`"): row for row in parameters(struct)} if hasattr(struct, "check_fields") else {}
+    hints = get_type_hints(struct)
+    for field in msgspec.structs.fields(struct):
+        if field.name in described:
+            row = described[field.name]
+            yield tuple(cell.replace("`", "``") for cell in row)
+        else:
+            yield f"``{field.name}``", _shown(hints[field.name]), _default(field), "", ""
+
+
+def _shown(kind: Any) -> str:
+    text = kind.__name__ if isinstance(kind, type) and not getattr(kind, "__args__", None) else str(kind)
+    return re.sub(r"[\w.]+\.(?=\w)", "", text).replace("NoneType", "None").replace("|", r"\|").replace("*", r"\*")
+
+
+def _default(field: Any) -> str:
+    if field.default is not msgspec.NODEFAULT:
+        return f"``{field.default!r}``"
+    return "" if field.default_factory is msgspec.NODEFAULT else f"``{field.default_factory()!r}``"
 
 
 def with_tables(text: str) -> str:
@@ -46,7 +73,7 @@ def main() -> None:
             if "--check" not in sys.argv:
                 path.write_text(new)
     if stale and "--check" in sys.argv:
-        sys.exit(f"stale: {', '.join(stale)}; run `make docs`")
+        sys.exit(f"stale: {', '.join(stale)}; run `make tables`")
 
 
 if __name__ == "__main__":

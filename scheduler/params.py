@@ -111,7 +111,7 @@ PRESETS: dict[str, dict[str, float]] = {
 class SamplingParams(CommonParams, frozen=True, kw_only=True, tag="sampling"):
     """Sampling, greedy decoding (temperature 0), several outputs (`n`) and best-of-n (`best_of`).
 
-    Order of the logits pipeline: bans, logit_bias, penalties, temperature, top_k, top_p, min_p, draw.
+    Order of the logits pipeline: bans, logit_bias, penalties, logits_processors, temperature, top_k, top_p, min_p, draw.
     Raises ParameterError (a ValueError) for anything that can't be honoured.
     """
 
