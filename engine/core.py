@@ -18,6 +18,7 @@ from pagefork.scheduler.scheduler import Scheduler
 from .admission import Admission, Prompt
 from .build import Built, build
 from .config import EngineConfig
+from .generation_config import default_params
 from .output_processor import OutputProcessor, Pieces
 from .outputs import EngineStats, RequestOutput
 
@@ -93,17 +94,8 @@ class LLMEngine:
         self._undelivered += outputs
 
     def default_params(self) -> SamplingParams:
-        """SamplingParams from the model's generation_config: greedy unless it says do_sample, as in Hugging Face."""
-        given = self._built.generation
-        names = {
-            "repetition_penalty": "repetition_penalty",
-            "max_new_tokens": "max_tokens",
-            "no_repeat_ngram_size": "no_repeat_ngram_size",
-        }
-        if given.get("do_sample"):
-            names |= {name: name for name in ("temperature", "top_k", "top_p", "min_p")}
-        fields = {ours: given[theirs] for theirs, ours in names.items() if given.get(theirs) is not None}
-        return SamplingParams(**({} if given.get("do_sample") else {"temperature": 0.0}) | fields)
+        """SamplingParams from the model's generation_config, as `generation_config.default_params` reads it."""
+        return default_params(self._built.generation)
 
     def has_unfinished_requests(self) -> bool:
         """Whether step() still has something to compute or to deliver."""

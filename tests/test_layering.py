@@ -12,8 +12,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE_OF = {"engine": "pagefork", "kernels": "pagefork.kernels", "scheduler": "pagefork.scheduler"}
 FILES = sorted(path for folder in PACKAGE_OF for path in (ROOT / folder).rglob("*.py"))
-# Decoding strategies have names in their own files, in the parameters that ask for them, and where users meet them.
-NAMES_STRATEGIES = ["scheduler/strategies/", "scheduler/params.py", "engine/__init__.py", "engine/cli/", "engine/demo/"]
+# Decoding strategies have names in their own files, in the parameters that ask for them, and where users meet them;
+# generation_config.json is a file of transformers with names of its own.
+NAMES_STRATEGIES = [
+    *("scheduler/strategies/", "scheduler/params.py"),
+    *("engine/__init__.py", "engine/cli/", "engine/demo/", "engine/generation_config.py"),
+]
 
 
 def relative(path: Path) -> str:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from pagefork import __version__
-from pagefork.cli.bench import throughput
+from pagefork.cli.chat import chat
 from pagefork.cli.demo import demo
+from pagefork.cli.errors import run_app
+from pagefork.cli.explain import explain
 from pagefork.cli.flags import command
 from pagefork.cli.generate import generate
 from pagefork.cli.info import info
+from pagefork.cli.latency import latency
+from pagefork.cli.throughput import throughput
 
 # Plain help: the tables of rich cut off the longer flags on a terminal of 80 columns.
 app = typer.Typer(
@@ -37,15 +41,18 @@ def top(version: Version = False) -> None:
 
 
 command(app)(generate)
+command(app)(chat)
 command(app)(demo)
 command(app)(info)
+command(app)(explain)
 command(bench)(throughput)
+command(bench)(latency)
 app.add_typer(bench)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> NoReturn:
     """The console script."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a model writes what the locale may not know
-    app()
+    sys.exit(run_app(app, arguments))

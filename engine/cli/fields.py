@@ -13,9 +13,10 @@ _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 class Field(NamedTuple):
-    """`kind` is the type without None and without annotations; msgspec.NODEFAULT is the default of a required field."""
+    """`kind` is the type of `hint` without None and without annotations; the default of a required field is msgspec.NODEFAULT."""
 
     name: str
+    hint: Any
     kind: Any
     optional: bool
     default: Any
@@ -38,11 +39,17 @@ def fields_of(struct: type[msgspec.Struct]) -> Iterator[Field]:
     """The fields in their order, but for those that hold a function."""
     hints = get_type_hints(struct, include_extras=True)
     for field in msgspec.structs.fields(struct):
-        kind, metas, optional = _unwrap(hints[field.name])
-        if kind in (bool, int, float, str) or get_origin(kind) in (list, dict, Literal):
-            default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
-            description = "".join(meta.description or "" for meta in metas)
-            yield Field(field.name, kind, optional, default, description, _bounds(metas))
+        default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+        found = field_of(field.name, hints[field.name], default)
+        if found.kind in (bool, int, float, str) or get_origin(found.kind) in (list, dict, Literal):
+            yield found
+
+
+def field_of(name: str, hint: Any, default: Any) -> Field:
+    """What an annotation says of a value."""
+    kind, metas, optional = _unwrap(hint)
+    description = "".join(meta.description or "" for meta in metas)
+    return Field(name, hint, kind, optional, default, description, _bounds(metas))
 
 
 def _bounds(metas: list[Meta]) -> str:

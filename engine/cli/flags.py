@@ -2,118 +2,123 @@
 
 A parameter annotated `Annotated[Given, SomeStruct]` becomes one flag per field, named as the field; the command
 receives a dict of the fields that were given. Where two Structs have a field of one name, the flag of the second
-carries the parameter's name: with `engine: Annotated[Given, EngineConfig]` it is --engine-seed.
+carries the parameter's name: with `engine: Annotated[Given, EngineConfig]` it is --engine-seed. A set beside the Struct
+names fields that are no flags of this command. Keyword-only parameters of other types are flags themselves.
+
+What is not on the command line comes from the environment, else from the file of --config, else it is not given.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_origin
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 import msgspec
 import typer
 
-from pagefork.cli.fields import Field, fields_of
-from pagefork.cli.text import one_line
-from pagefork.scheduler.errors import PageforkError
+from pagefork.cli.errors import reported
+from pagefork.cli.fields import Field, field_of, fields_of
+from pagefork.cli.settings import Settings, read_settings
+from pagefork.scheduler.params import PRESETS
 
 Given = dict[str, Any]
-REFUSED, INTERRUPTED = 2, 130  # exit codes, as a shell has them
+Command = Callable[..., None]
+_CONFIG = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Settings by the names of the flags, in TOML; PAGEFORK_<FLAG> and flags win")
+]
 
 
-def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(app: typer.Typer, name: str | None = None) -> Callable[[Command], Command]:
     """Register a function as a command of `app`: Structs unfolded into flags, errors reported in one line."""
 
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        parameters: dict[str, inspect.Parameter] = {}
-        groups: dict[str, dict[str, _Flag]] = {}
-        for parameter in inspect.signature(function, eval_str=True).parameters.values():
-            struct = _struct_of(parameter.annotation)
-            if struct is None:
-                parameters[parameter.name] = parameter
-                continue
-            groups[parameter.name] = {}
-            for flag in _flags(struct, {} if parameter.default is parameter.empty else parameter.default):
-                key = f"{parameter.name}_{flag.field}" if flag.field in parameters else flag.field
-                groups[parameter.name][key] = flag
-                parameters[key] = inspect.Parameter(
-                    key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=flag.annotation(key)
-                )
+    def register(function: Command) -> Command:
+        flags, others = _parameters(function)
+        groups = {flag.group for flag in flags.values() if flag.group is not None}
+        fields = {key: flag.field for key, flag in flags.items()}
 
-        def run(**values: Any) -> None:
-            for group, flags in groups.items():
-                given = [(flag, values.pop(key)) for key, flag in flags.items()]
-                values[group] = {flag.field: flag.convert(value) for flag, value in given if value is not None}
-            with _reported():
-                function(**values)
+        def run(ctx: typer.Context, config: Path | None = None, **values: Any) -> None:
+            with reported():
+                layers = read_settings(ctx, config, fields) if groups else []
+                layers.append({key: flags[key].convert(values[key]) for key in flags if _on_command_line(ctx, key)})
+                call = {key: value for key, value in values.items() if key not in flags or flags[key].group is None}
+                call |= {group: {} for group in groups}
+                for key, value in _merged(layers).items():
+                    (call if (group := flags[key].group) is None else call[group])[fields[key].name] = value
+                function(**call)
 
+        context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_CONFIG)
+        parameters = [context, *others, *(flag.parameter for flag in flags.values()), *([config] if groups else [])]
         run.__name__, run.__doc__ = function.__name__, function.__doc__
-        run.__annotations__ = {key: parameter.annotation for key, parameter in parameters.items()}
-        run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         app.command(name)(run)
         return function
 
     return register
 
 
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Errors that the user can mend become one line on stderr and an exit code; others keep their traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _leave("interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        raise  # whoever read the output has gone: typer ends without a word
-    except OSError as error:
-        _leave(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error), REFUSED)
-    except PageforkError as error:
-        _leave(str(error), REFUSED)
-
-
-def _leave(reason: str, code: int) -> NoReturn:
-    print(f"pagefork: {one_line(reason)}", file=sys.stderr)
-    raise typer.Exit(code) from None
-
-
-def _struct_of(annotation: Any) -> type[msgspec.Struct] | None:
-    for extra in getattr(annotation, "__metadata__", ()):
-        if isinstance(extra, type) and issubclass(extra, msgspec.Struct):
-            return extra
-    return None
-
-
 class _Flag(NamedTuple):
-    field: str
-    kind: Any  # the type that typer shall give
-    convert: Callable[[Any], Any]  # from there to what the field holds
-    option: dict[str, Any]
-    switch: bool  # off by default, so there is no --no-...
-
-    def annotation(self, key: str) -> Any:
-        names = [f"--{key.replace('_', '-')}"] if self.switch else []
-        return Annotated[self.kind | None, typer.Option(*names, **self.option)]
+    group: str | None  # the parameter of the command that collects it; None: it is a parameter itself
+    field: Field
+    convert: Callable[[Any], Any]  # from what typer gives to what the field holds
+    parameter: inspect.Parameter
 
 
-def _flags(struct: type[msgspec.Struct], defaults: Given) -> Iterator[_Flag]:
-    for field in fields_of(struct):
-        default = defaults.get(field.name, field.default)
-        kind: Any = field.kind
-        convert: Callable[[Any], Any] = _itself
-        option: dict[str, Any] = {"help": _help(field, default)}
-        if get_origin(kind) is dict:
-            option |= {"parser": _pair, "metavar": "ID=VALUE"}
-            kind, convert = list[Any], dict
-        elif get_origin(kind) is list:
-            [item] = get_args(kind)
-            kind = list[get_args(item)[0] if get_origin(item) is Annotated else item]  # type: ignore[misc]
-        elif kind is int and field.optional and default is not None:
-            option |= {"parser": _int_or_none, "metavar": "INTEGER|none"}
-            kind, convert = Any, lambda value: value[0]
-        yield _Flag(field.name, kind, convert, option, switch=kind is bool and not default)
+def _parameters(function: Command) -> tuple[dict[str, _Flag], list[inspect.Parameter]]:
+    """A function's flags by their names, with dashes as underscores, and its other parameters."""
+    flags: dict[str, _Flag] = {}
+    others = []
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        extras = getattr(parameter.annotation, "__metadata__", ())
+        struct = next((extra for extra in extras if isinstance(extra, type) and issubclass(extra, msgspec.Struct)), None)
+        if struct is not None:
+            absent = next((extra for extra in extras if isinstance(extra, set)), set())
+            defaults = {} if parameter.default is parameter.empty else parameter.default
+            for field in fields_of(struct):
+                if field.name not in absent:
+                    key = f"{parameter.name}_{field.name}" if field.name in flags else field.name
+                    flags[key] = _flag(key, parameter.name, field, defaults.get(field.name, field.default))
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            field = field_of(parameter.name, parameter.annotation, parameter.default)
+            flags[parameter.name] = _Flag(None, field, _itself, parameter)
+        else:
+            others.append(parameter)
+    return flags, others
+
+
+def _flag(key: str, group: str, field: Field, default: Any) -> _Flag:
+    kind: Any = field.kind
+    convert: Callable[[Any], Any] = _itself
+    option: dict[str, Any] = {"help": _help(field, default)}
+    if get_origin(kind) is dict:
+        option |= {"parser": _pair, "metavar": "ID=VALUE"}
+        kind, convert = list[Any], dict
+    elif get_origin(kind) is list:
+        [item] = get_args(kind)
+        kind = list[get_args(item)[0] if get_origin(item) is Annotated else item]  # type: ignore[misc]
+    elif kind is int and field.optional and field.default is not None:
+        option |= {"parser": _int_or_none, "metavar": "INTEGER|none"}
+        kind, convert = Any, lambda value: value[0]
+    annotation = Annotated[kind | None, typer.Option(**option)]
+    parameter = inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    return _Flag(group, field, convert, parameter)
+
+
+def _on_command_line(ctx: Any, key: str) -> bool:
+    """Whether a flag stands on the command line."""
+    return bool(ctx.get_parameter_source(key).name == "COMMANDLINE")
+
+
+def _merged(layers: list[Settings]) -> Settings:
+    """Later layers win. A preset also wins over what earlier layers say of the settings that it makes."""
+    merged: Settings = {}
+    for layer in layers:
+        made = PRESETS.get(layer.get("preset", ""), {})
+        merged = {key: value for key, value in merged.items() if key not in made} | layer
+    return merged
 
 
 def _help(field: Field, default: Any) -> str:

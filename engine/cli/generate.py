@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pagefork.cli.flags import Given
+from pagefork.cli.text import decoded
 from pagefork.cli.view import View, choose_view
 from pagefork.config import EngineConfig
 from pagefork.scheduler.errors import InvalidRequestError
@@ -18,15 +19,16 @@ if TYPE_CHECKING:
     from pagefork.core import LLMEngine
 
 DEFAULT_ENGINE = {"model": "demo"}
+Preset = Annotated[str | None, typer.Option(help=f"Settings for a purpose: {', '.join(PRESETS)}; single flags win")]
 
 
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to go on from; '' is allowed")] = None,
     *,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from this file")] = None,
-    lines: Annotated[bool, typer.Option("--lines", help="Every line of the file or of standard input is a prompt")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt at the end")] = False,
-    preset: Annotated[str | None, typer.Option(help=f"Settings for a purpose: {', '.join(PRESETS)}; single flags win")] = None,
+    lines: Annotated[bool, typer.Option(help="Every line of the file or of standard input is a prompt")] = False,
+    json: Annotated[bool, typer.Option(help="Print one JSON object per prompt at the end")] = False,
+    preset: Preset = None,
     params: Annotated[Given, SamplingParams],
     engine: Annotated[Given, EngineConfig] = DEFAULT_ENGINE,
 ) -> None:
@@ -36,12 +38,17 @@ def generate(
     printed as it comes; several outputs are labelled.
     """
     texts = _read_prompts(prompts or [], file, lines=lines)
-    sampling = SamplingParams.preset(preset, **params) if preset is not None else SamplingParams(**params)
+    sampling = sampling_params(preset, params)
     config = EngineConfig(**{**DEFAULT_ENGINE, **engine})
     view = choose_view(texts, sampling.n, json=json)
     from pagefork.core import LLMEngine
 
     run(LLMEngine(config), texts, sampling, view)
+
+
+def sampling_params(preset: str | None, given: Given) -> SamplingParams:
+    """What was given, over the preset if there is one."""
+    return SamplingParams(**given) if preset is None else SamplingParams.preset(preset, **given)
 
 
 def run(engine: LLMEngine, prompts: list[str], params: SamplingParams, view: View) -> None:
@@ -68,10 +75,7 @@ def _read_prompts(prompts: list[str], file: Path | None, *, lines: bool) -> list
         raise InvalidRequestError("no prompt is given: name one as an argument, with --file, or on standard input")
     source = str(file) if file else "standard input"
     data = file.read_bytes() if file else sys.stdin.buffer.read()
-    try:
-        text = data.decode().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"{source} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    text = decoded(data, source).removesuffix("\n")
     if not text:
         raise InvalidRequestError(f"{source} is empty; the empty prompt is given as an argument: ''")
     return text.splitlines() if lines else [text]

@@ -15,7 +15,7 @@ from pagefork.config import EngineConfig
 
 def info(
     *,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
+    json: Annotated[bool, typer.Option(help="Print one JSON object")] = False,
     engine: Annotated[Given, EngineConfig] = DEFAULT_ENGINE,
 ) -> None:
     """Load a model and tell its size, its memory, its cache blocks and the device that runs it."""

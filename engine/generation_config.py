@@ -1,0 +1,61 @@
+"""What a model's generation_config.json means for requests that bring no parameters of their own."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from pagefork.scheduler.errors import ModelError, ParameterError
+from pagefork.scheduler.params import SamplingParams
+
+logger = logging.getLogger("pagefork")
+
+_ALWAYS = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_strings": "stop",
+    "repetition_penalty": "repetition_penalty",
+    "no_repeat_ngram_size": "no_repeat_ngram_size",
+}
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+# What would change the output and has no counterpart, with the value at which it does nothing.
+_UNHONOURED = {
+    "num_beams": 1,
+    "penalty_alpha": 0,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "top_h": None,
+    "encoder_repetition_penalty": 1,
+    "guidance_scale": 1,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "sequence_bias": None,
+    "watermarking_config": None,
+}
+
+
+def default_params(generation: dict[str, Any]) -> SamplingParams:
+    """SamplingParams that do what `generate()` of transformers does by default for a model with this generation_config.
+
+    Greedy unless it has do_sample. With it, what is not given is temperature 1, top_k 50 and top_p 1. Only how many tokens
+    are generated differs: max_new_tokens if given, else the max_tokens of SamplingParams; max_length, which counts the
+    prompt, is not read. What can't be honoured is named in a warning. Raises ModelError for values that are refused.
+    """
+    given = {name: value for name, value in generation.items() if value is not None}
+    fields = {ours: given[theirs] for theirs, ours in _ALWAYS.items() if theirs in given}
+    if given.get("do_sample"):
+        fields |= {"top_k": 50} | {name: given[name] for name in _SAMPLING if name in given}
+    else:
+        fields["temperature"] = 0.0
+    unhonoured = [name for name, neutral in _UNHONOURED.items() if given.get(name, neutral) not in (neutral, [])]
+    if unhonoured:
+        logger.warning("generation_config.json has %s, which the default parameters leave out", ", ".join(unhonoured))
+    try:
+        return SamplingParams(**fields)
+    except ParameterError as error:
+        raise ModelError(f"generation_config.json gives no default parameters, pass some: {error}") from None
