@@ -34,7 +34,7 @@ lint: $(READY)  ## ruff and mypy --strict
 	@rm -rf build/typed && mkdir -p build/typed/pagefork
 	@ln -s "$(CURDIR)"/engine/* "$(CURDIR)/kernels" "$(CURDIR)/scheduler" build/typed/pagefork/
 	$(RUN) -m mypy -p pagefork
-	$(RUN) -m mypy benchmarks docs
+	$(RUN) -m mypy benchmarks docs examples
 
 format: $(READY)  ## rewrite the files as `make lint` wants them
 	$(RUN) -m ruff check --fix .

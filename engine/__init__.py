@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pagefork.async_engine import AsyncLLMEngine as AsyncLLMEngine
     from pagefork.config import EngineConfig as EngineConfig
     from pagefork.core import LLMEngine as LLMEngine
     from pagefork.llm import LLM as LLM
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pagefork.outputs import RequestOutput as RequestOutput
     from pagefork.scheduler.errors import BlockAccountingError as BlockAccountingError
     from pagefork.scheduler.errors import ConfigError as ConfigError
+    from pagefork.scheduler.errors import EngineDeadError as EngineDeadError
     from pagefork.scheduler.errors import EngineMisuseError as EngineMisuseError
     from pagefork.scheduler.errors import InvalidRequestError as InvalidRequestError
     from pagefork.scheduler.errors import KVExhaustedError as KVExhaustedError
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES_OF = {
+    "async_engine": ["AsyncLLMEngine"],
     "config": ["EngineConfig"],
     "core": ["LLMEngine"],
     "llm": ["LLM"],
@@ -39,6 +42,7 @@ _NAMES_OF = {
     "scheduler.errors": [
         "BlockAccountingError",
         "ConfigError",
+        "EngineDeadError",
         "EngineMisuseError",
         "InvalidRequestError",
         "KVExhaustedError",

@@ -84,9 +84,9 @@ class LLMEngine:
 
     def discard(self, request_ids: Iterable[str]) -> None:
         """Abort requests whose outputs nobody waits for any more."""
-        for request_id in request_ids:
-            self.abort_request(request_id)
         gone = set(request_ids)
+        for request_id in gone:
+            self.abort_request(request_id)
         self._undelivered = [output for output in self._undelivered if output.request_id not in gone]
 
     def redeliver(self, outputs: Iterable[RequestOutput]) -> None:

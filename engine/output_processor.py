@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import msgspec
+
 from pagefork.scheduler.edits import Update
 from pagefork.scheduler.params import CommonParams
 from pagefork.scheduler.request import Request
@@ -146,6 +148,6 @@ class OutputProcessor:
             prompt_logprobs=None if self._prompt_logprobs is None else self._prompt_logprobs.entries(),
             outputs=[stream.output() for stream in self._streams],
             finished=update.done,
-            metrics=self._metrics,
+            metrics=msgspec.structs.replace(self._metrics),
             error=update.error,
         )

@@ -24,10 +24,10 @@ from pagefork.demo import demo_path
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"engine": "pagefork", "kernels": "pagefork/kernels", "scheduler": "pagefork/scheduler"}
 PUBLIC = {
-    *("LLM", "LLMEngine", "EngineConfig", "SamplingParams"),
+    *("LLM", "LLMEngine", "AsyncLLMEngine", "EngineConfig", "SamplingParams"),
     *("RequestOutput", "CompletionOutput", "Logprob", "RequestMetrics", "EngineStats"),
     *("PageforkError", "InvalidRequestError", "ParameterError", "ConfigError", "ModelError", "KVExhaustedError", "NumericError"),
-    *("StepFailedError", "EngineMisuseError", "BlockAccountingError"),
+    *("StepFailedError", "EngineDeadError", "EngineMisuseError", "BlockAccountingError"),
     "__version__",
 }
 

@@ -1,0 +1,93 @@
+"""The examples run as they are, on the demo model, and show what they say."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from pagefork.demo import demo_path
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+QUOTED = r"""('[^']*(?:\\'[^']*)*'|"[^"]*")"""
+
+
+def run(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def found(pattern: str, text: str) -> list[tuple[str, ...]]:
+    """Groups of every line that matches, quoted ones evaluated."""
+    groups = re.findall(f"^{pattern}$", text, re.MULTILINE)
+    return [tuple(ast.literal_eval(g) if g[:1] in ("'", '"') else g for g in group) for group in groups]
+
+
+def brackets_match(text: str) -> bool:
+    rest = re.sub(r"[^()\[\]{}]", "", text)
+    while (shorter := re.sub(r"\(\)|\[\]|\{\}", "", rest)) != rest:
+        rest = shorter
+    return not rest
+
+
+def test_every_example_is_tested() -> None:
+    mine = Path(__file__).read_text()
+    assert [path.name for path in EXAMPLES.glob("*.py") if f'run("{path.name}"' not in mine] == []
+
+
+def test_offline_batch_gives_every_prompt_what_its_parameters_ask_for() -> None:
+    shown = run("offline_batch.py")
+    texts = found(rf"  (\d): {QUOTED}", shown)
+    ends = found(r"     (\d+) tokens of mean log-prob (-\d+\.\d\d), (\w+)", shown)
+    assert [index for index, _ in texts] == ["0", "0", "1", "2", "0", "0"]
+    assert [count for count, _, _ in ends[:-1]] == ["24", "12", "12", "12", "12"]
+    assert len({text for _, text in texts[1:4]}) == 3
+    assert "\n" not in texts[5][1] and ends[5][2] == "stop"
+    [(forks, tokens, steps)] = found(r"25 prompt tokens, (\d+) forks, (\d+) tokens in (\d+) steps", shown)
+    assert int(forks) == (3 - 1) + (6 - 1)
+    assert int(tokens) == 24 + 3 * 12 + 12 + int(ends[5][0])
+    assert int(steps) == 24
+
+
+def test_streaming_shows_deltas_that_add_up_to_the_text_of_each_request() -> None:
+    shown = run("streaming.py", "--model", str(demo_path()))
+    deltas = found(rf"step +(\d+)  (\w+) +{QUOTED}", shown)
+    ends = {name: (reason, text) for name, reason, text in found(rf" +(\w+) ends: (\w+), {QUOTED}", shown)}
+    assert {name: reason for name, (reason, _) in ends.items()} == {"first": "length", "endless": "abort", "late": "length"}
+    for name, (_, text) in ends.items():
+        assert text and "".join(delta for _, mine, delta in deltas if mine == name) == text
+    assert [int(step) for step, name, _ in deltas if name == "late"] == list(range(6, 22))
+    [(free, blocks)] = found(r"(\d+) of (\d+) cache blocks are free", shown)
+    assert free == blocks
+
+
+def test_the_service_streams_refuses_and_aborts_the_request_of_a_client_that_hangs_up() -> None:
+    shown = run("service.py", "--self-test")
+    clients = found(rf"([\w ]+): (\d+) lines, (\w+): {QUOTED}", shown)
+    assert [(name, reason) for name, _, reason, _ in clients] == [
+        *[("two outputs", "length")] * 2,
+        ("one output", "length"),
+        ("hung up", "None"),
+    ]
+    assert clients[0][3] != clients[1][3]
+    assert int(clients[2][1]) > 1 and clients[2][3]
+    assert clients[3][1] == "3"
+    assert "refused: SamplingParams: max_tokens=-1" in shown
+    [(tokens, free, blocks)] = found(r"(\d+) tokens generated; (\d+) of (\d+) cache blocks are free", shown)
+    assert free == blocks and 3 * 12 + 3 <= int(tokens) < 900
+
+
+def test_logits_processors_write_only_digits_and_only_brackets_that_match() -> None:
+    lines = found(rf"(\w+): {QUOTED}, (matched|not matched)", run("logits_processor.py"))
+    texts = {kind: [text for name, text, _ in lines if name == kind] for kind in ("free", "digits", "brackets")}
+    assert [len(kind) for kind in texts.values()] == [4, 4, 4]
+    assert all(re.fullmatch(r"PORT = \d{4,}", text) for text in texts["digits"])
+    assert all(brackets_match(text) for text in texts["brackets"])
+    assert not all(brackets_match(text) for text in texts["free"])
+    assert all((verdict == "matched") == brackets_match(text) for _, text, verdict in lines)
