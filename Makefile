@@ -19,8 +19,8 @@ help:  ## say what can be made
 demo: $(READY)  ## complete four prompts, forked, in one batch on the demo model
 	@$(VENV)/bin/pagefork demo
 
-test: $(READY)  ## run the tests
-	@$(RUN) -m pytest
+test: $(READY)  ## run the tests, side by side on up to four cores
+	@$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-long: $(READY)  ## run the tests that take minutes
 	@$(RUN) -m pytest -m long

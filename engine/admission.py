@@ -29,6 +29,9 @@ class Admission:
     ) -> None:
         self._config = config
         self._first_token = first_token
+        # Where neither config.json nor generation_config.json names one, what the tokenizer calls the end is.
+        ends = config.eos_token_ids or ((tokenizer.eos_token_id,) if tokenizer else ())
+        self._model_ends = frozenset(token for token in ends if token is not None and token < config.vocab_size)
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._seed = seed
@@ -53,8 +56,7 @@ class Admission:
         if params.min_tokens > max_tokens:
             raise InvalidRequestError(f"min_tokens={params.min_tokens}, but prompt and max_model_len leave room for {max_tokens}")
         self._check_ids(params)
-        ends = (token for token in self._config.eos_token_ids if token < self._config.vocab_size)
-        model_end = frozenset() if params.ignore_eos else frozenset(ends)
+        model_end = frozenset() if params.ignore_eos else self._model_ends
         end_ids = model_end | frozenset(params.stop_token_ids)
         return Request(
             id=request_id,

@@ -32,6 +32,10 @@ class EngineConfig(Checked, frozen=True, kw_only=True):
         Literal["auto", "float32", "bfloat16", "float16"],
         Meta(description="Of weights, activations and cache; auto: the checkpoint's"),
     ] = "auto"
+    model_impl: Annotated[
+        Literal["auto", "native", "transformers"],
+        Meta(description="Whose modelling code runs; auto: ours for the families it covers, else that of transformers"),
+    ] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: a CUDA device where there is one")] = "auto"
     max_model_len: (
         Annotated[
@@ -50,6 +54,9 @@ class EngineConfig(Checked, frozen=True, kw_only=True):
     scheduling_policy: Annotated[
         Literal["fcfs", "priority"], Meta(description="Who runs first: who came first, or the lowest priority value")
     ] = "fcfs"
+    batch_invariant: Annotated[
+        bool | None, Meta(description="Bit-identical logits for a sequence in any batch, chunked, resumed or on a prefix hit")
+    ] = None
     num_threads: (
         Annotated[
             Positive,

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 from pagefork.scheduler.edits import Update
@@ -93,9 +94,13 @@ class LLMEngine:
         """Outputs that were taken from step() by someone they were not for; the next step gives them again."""
         self._undelivered += outputs
 
+    @cached_property
+    def _default_params(self) -> SamplingParams:  # once, for its warning
+        return default_params(self._built.generation)
+
     def default_params(self) -> SamplingParams:
         """SamplingParams from the model's generation_config, as `generation_config.default_params` reads it."""
-        return default_params(self._built.generation)
+        return self._default_params
 
     def has_unfinished_requests(self) -> bool:
         """Whether step() still has something to compute or to deliver."""

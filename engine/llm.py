@@ -19,6 +19,8 @@ from .outputs import RequestOutput
 
 logger = logging.getLogger("pagefork")
 
+Conversation = list[dict[str, Any]]
+
 
 class LLM:
     """A model for offline generation. Keyword arguments are the fields of EngineConfig.
@@ -44,12 +46,56 @@ class LLM:
         (a ValueError) before anything runs when a prompt or a parameter can't be honoured.
         """
         listed = _listed(prompts)
+        texts = [prompt if isinstance(prompt, str) else None for prompt in listed]
+        return self._complete(listed, texts, sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: CommonParams | Sequence[CommonParams] | None = None,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer every conversation; outputs come in their order, `prompt` is the text that the chat template made.
+
+        messages: a conversation, a list of {"role": ..., "content": ...}, or a list of conversations. sampling_params and
+        errors are those of generate; the other arguments are those of ChatTemplate.render, chat_template_kwargs its
+        further variables.
+        """
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            raise InvalidRequestError("the checkpoint has no tokenizer, so it can't chat; pass token ids to generate")
+        arguments = {
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+        }
+        variables = chat_template_kwargs or {}
+        if not isinstance(variables, dict):
+            raise InvalidRequestError(f"chat_template_kwargs must be an object of variables, got {type(variables).__name__}")
+        if taken := sorted(({"messages"} | arguments.keys()) & variables.keys()):
+            raise InvalidRequestError(f"chat_template_kwargs holds {', '.join(taken)}; pass it as an argument of chat")
+        texts = [tokenizer.chat_text(conversation, **arguments, **variables) for conversation in _conversations(messages)]
+        return self._complete([tokenizer.encode_plain(text) for text in texts], texts, sampling_params, use_tqdm)
+
+    def _complete(
+        self,
+        prompts: list[Prompt],
+        texts: Sequence[str | None],
+        sampling_params: CommonParams | Sequence[CommonParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
         requests = [
             self.engine.prepare(str(next(self._ids)), prompt, params)
-            for prompt, params in zip(listed, self._params(sampling_params, len(listed)), strict=True)
+            for prompt, params in zip(prompts, self._params(sampling_params, len(prompts)), strict=True)
         ]
-        for request, prompt in zip(requests, listed, strict=True):
-            self.engine.queue(request, prompt if isinstance(prompt, str) else None)
+        for request, text in zip(requests, texts, strict=True):
+            self.engine.queue(request, text)
         ids = [request.id for request in requests]
         try:
             done = self._run(set(ids), use_tqdm)
@@ -62,7 +108,7 @@ class LLM:
         return [done[request_id] for request_id in ids]
 
     def default_params(self) -> SamplingParams:
-        """SamplingParams from the model's generation_config: greedy unless it says do_sample, as in Hugging Face."""
+        """What sampling_params=None means for this model; see LLMEngine.default_params."""
         return self.engine.default_params()
 
     def _params(self, given: CommonParams | Sequence[CommonParams] | None, count: int) -> list[CommonParams]:
@@ -118,3 +164,9 @@ def _listed(prompts: Any) -> list[Prompt]:
     if all(isinstance(item, int) and not isinstance(item, bool) for item in listed):
         return [listed]
     return listed
+
+
+def _conversations(messages: Any) -> list[Conversation]:
+    """A list of conversations, whether one or several were given."""
+    several = isinstance(messages, list | tuple) and bool(messages) and all(isinstance(item, list | tuple) for item in messages)
+    return list(messages) if several else [messages]

@@ -6,9 +6,12 @@ import math
 import os
 import signal
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+from support.checkpoints import make_checkpoint
+from support.tokenizers import backend, save
 
 from pagefork import LLM, ConfigError, InvalidRequestError, LLMEngine, ModelError, PageforkError, SamplingParams
 from pagefork.scheduler.strategies.sampling import Candidate
@@ -257,6 +260,28 @@ def test_ctrl_c_aborts_the_call_and_leaves_the_engine_usable(demo: LLM) -> None:
     demo.engine._runner._model.forward = forward  # type: ignore[method-assign]
     assert not demo.engine.has_unfinished_requests()
     assert run(demo, PROMPTS[0])[0].outputs[0].token_ids == before
+
+
+@pytest.mark.parametrize("kind", ["across_characters", "llama2", "unigram_bytes", "word_piece", "suffixes"])
+def test_a_text_that_was_shown_only_grows_and_ends_as_the_decoded_tokens(kind: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, vocab_size=backend(kind).get_vocab_size(), num_hidden_layers=1, hidden_size=32, eos_token_id=None)
+    save(backend(kind), tmp_path, clean_up_tokenization_spaces=True)
+    llm = LLM(str(tmp_path), num_blocks=64)
+    for stop in ([], ["e", " t", "\n"]):
+        params = SamplingParams(n=8, max_tokens=60, seed=1, stop=stop, temperature=2.0, skip_special_tokens=not stop)
+        llm.engine.add_request("a", "the", params)
+        shown = [""] * 8
+        while llm.engine.has_unfinished_requests():
+            for output in llm.engine.step():
+                for completion in output.outputs:
+                    assert completion.text.startswith(shown[completion.index])
+                    shown[completion.index] = completion.text
+        for completion in output.outputs:
+            assert llm.engine.tokenizer is not None
+            whole = llm.engine.tokenizer.decode(completion.token_ids, params.skip_special_tokens)
+            found = [whole.find(text) for text in stop if text in whole]
+            if "\ufffd" not in whole or kind == "across_characters":
+                assert completion.text == (whole[: min(found)] if found and completion.finish_reason == "stop" else whole)
 
 
 def test_requests_added_to_the_engine_survive_a_generate_call(demo: LLM) -> None:
