@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +14,7 @@ from .checkpoint import locate
 from .config import EngineConfig
 from .kernels.linear import linear_backend
 from .models.config import ModelConfig, read_json
-from .models.decoder import expected_shapes
-from .models.registry import Model, load_config, load_model, resolve_dtype
+from .models.registry import Model, load_model, load_outline, resolve_dtype
 from .runner import ModelRunner
 from .tokenizer import Tokenizer
 
@@ -44,18 +42,17 @@ class Built(NamedTuple):
     def info(self, config: EngineConfig) -> dict[str, Any]:
         """Sizes in bytes, except where named otherwise."""
         model, cache, on_cpu = self.model, self.cache, self.cache.device.type == "cpu"
-        parameters = _parameters(model.config)
         return {
             "model": config.model,
             "path": str(self.path),
             "architecture": model.config.architecture,
-            "parameters": parameters,
+            "parameters": model.num_parameters,
             "vocab_size": model.config.vocab_size,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(cache.device),
             "cpu_path": linear_backend(model.dtype, cache.device) if on_cpu else None,
             "threads": torch.get_num_threads() if on_cpu else None,
-            "weights_memory": parameters * model.dtype.itemsize,
+            "weights_memory": model.num_parameters * model.dtype.itemsize,
             "cache_memory": cache.k.nbytes + cache.v.nbytes,
             "num_blocks": cache.num_blocks - 1,
             "block_size": cache.block_size,
@@ -68,17 +65,17 @@ class Built(NamedTuple):
 def build(config: EngineConfig) -> Built:
     """Load and size everything. Raises ModelError or ConfigError before the weights are read, where it can."""
     path = locate(config.model, config.revision)
-    model_config = load_config(path)
+    outline = load_outline(path, config.model_impl)
     device = _device(config.device)
-    dtype = resolve_dtype(config.dtype, model_config, device)
-    if config.max_model_len is not None and config.max_model_len > model_config.max_len:
-        raise ConfigError(f"max_model_len={config.max_model_len}: the model was made for at most {model_config.max_len} tokens")
-    length = config.max_model_len or model_config.max_len
+    dtype = resolve_dtype(config.dtype, outline, device)
+    if config.max_model_len is not None and config.max_model_len > outline.max_len:
+        raise ConfigError(f"max_model_len={config.max_model_len}: the model was made for at most {outline.max_len} tokens")
+    length = config.max_model_len or outline.max_len
     tokenizer = Tokenizer.load(path)
-    model = load_model(path, dtype, device)
+    model = load_model(path, dtype, device, config.model_impl)
     if device.type == "cpu":
         _set_threads(config, model)
-    num_blocks = _num_blocks(config, model_config, length, dtype, device)
+    num_blocks = _num_blocks(config, model.config, length, dtype, device)
     capacity = (num_blocks - 1) * config.block_size
     if config.max_model_len is not None and capacity < length:
         raise ConfigError(
@@ -86,7 +83,7 @@ def build(config: EngineConfig) -> Built:
             "or raise num_blocks or kv_cache_memory"
         )
     length = min(length, capacity)
-    cache = KVCache(model_config, num_blocks, config.block_size, dtype, device)
+    cache = KVCache(model.config, num_blocks, config.block_size, dtype, device)
     runner = ModelRunner(model, cache, config.max_num_seqs, length)
     return Built(path, model, cache, runner, tokenizer, length, _generation(path))
 
@@ -106,12 +103,8 @@ def _set_threads(config: EngineConfig, model: Model) -> None:
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    elif _parameters(model.config) * model.dtype.itemsize < _SMALL_MODEL:
+    elif model.num_parameters * model.dtype.itemsize < _SMALL_MODEL:
         torch.set_num_threads(1)
-
-
-def _parameters(config: ModelConfig) -> int:
-    return sum(math.prod(shape) for shape in expected_shapes(config).values())
 
 
 def _num_blocks(config: EngineConfig, model: ModelConfig, length: int, dtype: torch.dtype, device: torch.device) -> int:

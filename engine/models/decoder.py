@@ -1,7 +1,8 @@
-"""The one decoder of the Llama-shaped families: Llama, Mistral, Qwen2 and Qwen3 differ in switches of ModelConfig."""
+"""The one decoder of the Llama-shaped families: Llama, Mistral, Qwen2 and Qwen3 differ in switches of DecoderConfig."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from pagefork.kernels.rms_norm import rms_norm
 from pagefork.kernels.rope import rope, rope_tables
 from pagefork.kernels.silu_mul import silu_mul
 
-from .config import ModelConfig
+from .config import DecoderConfig
 from .rope import rotary
 from .weights import Shape, Weights
 
@@ -40,11 +41,12 @@ class _Layer:
 class Decoder:
     """A causal language model over the paged cache. `forward` gives the states, `logits` reads tokens off them."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: DecoderConfig, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
         """Takes its weights one by one. Raises ModelError if names or shapes do not fit, before any is read."""
-        self.config = config
+        self.config: DecoderConfig = config
         self.dtype = dtype
         self.device = device
+        self.num_parameters = sum(math.prod(shape) for shape in expected_shapes(config).values())
         head = "lm_head.weight"
         expected = expected_shapes(config)
         if config.tie_word_embeddings and head in weights.shapes:
@@ -109,7 +111,7 @@ def _add_norm(hidden: Tensor, change: Tensor | None, weight: Tensor, eps: float)
     return rms_norm(hidden, weight, eps) if change is None else rms_norm(change, weight, eps, hidden)
 
 
-def _take_layer(index: int, config: ModelConfig, take: Callable[[str], Tensor]) -> _Layer:
+def _take_layer(index: int, config: DecoderConfig, take: Callable[[str], Tensor]) -> _Layer:
     prefix = f"model.layers.{index}."
 
     def fused(block: str, parts: tuple[str, ...], bias: bool) -> Linear:
@@ -135,7 +137,7 @@ def _take_layer(index: int, config: ModelConfig, take: Callable[[str], Tensor]) 
     )
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
+def expected_shapes(config: DecoderConfig) -> dict[str, Shape]:
     """The weights of a checkpoint by name, as transformers names them."""
     hidden, wide = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_kv_heads * config.head_dim

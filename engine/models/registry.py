@@ -13,60 +13,71 @@ from pagefork.batch import Batch
 from pagefork.cache import KVCache
 from pagefork.scheduler.errors import ConfigError, ModelError
 
-from .config import ModelConfig, read_config
+from .config import DecoderConfig, ModelConfig, Outline
 from .decoder import Decoder
+from .outline import read_outline
 from .weights import Weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Model(Protocol):
-    """What the runner needs of a model. States and logits are in `dtype`."""
+    """What the runner needs of a model."""
 
-    config: ModelConfig
+    @property
+    def config(self) -> ModelConfig:
+        """What cache, batch and sampler need to know."""
+
     dtype: torch.dtype
     device: torch.device
+    num_parameters: int
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """States [N, hidden] after the last norm; keys and values of the batch are in the cache afterwards."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [P, vocabulary] of states [P, hidden]."""
+        """Logits [P, vocabulary] of states [P, hidden], floating point."""
 
 
-def load_config(path: str | Path) -> ModelConfig:
-    """The configuration of the checkpoint in a local directory; where it states no dtype, that of its weights is filled in.
+def load_outline(path: str | Path, impl: str = "auto") -> Outline:
+    """What config.json says of the checkpoint in a local directory; where it states no dtype, that of its weights.
 
-    Raises ModelError for what is missing, damaged or not supported.
+    A DecoderConfig if the native decoder runs it; `impl` is that of EngineConfig.model_impl. Raises ModelError for what
+    is missing, damaged or not supported.
     """
     directory = _directory(path)
-    config = read_config(directory)
-    if config.dtype is not None:
-        return config
+    outline = read_outline(directory, impl)
+    if outline.dtype is not None:
+        return outline
     with Weights(directory) as weights:
-        return msgspec.structs.replace(config, dtype=next(iter(weights.dtypes.values()), "float32"))
+        return msgspec.structs.replace(outline, dtype=next(iter(weights.dtypes.values()), "float32"))
 
 
-def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> Model:
+def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, impl: str = "auto") -> Model:
     """The model in a local directory of config.json and safetensors, sharded or not.
 
-    Weights are read, cast, fused and packed one after another, so they are never held twice. Raises ModelError for a
-    checkpoint that is missing, damaged, of an unsupported architecture or format, or whose weights do not fit.
+    Natively weights are read, cast, fused and packed one after another, so they are never held twice. Raises ModelError
+    for a checkpoint that is missing, damaged, of an unsupported architecture or format, or whose weights do not fit.
     """
     directory = _directory(path)
-    config = read_config(directory)
-    with Weights(directory) as weights:
-        return Decoder(config, weights, dtype, device)
+    outline = read_outline(directory, impl)
+    if isinstance(outline, DecoderConfig):
+        with Weights(directory) as weights:
+            return Decoder(outline, weights, dtype, device)
+    from .backed import BackedModel
+    from .pretrained import load_pretrained
+
+    return BackedModel(load_pretrained(directory, outline.architecture, dtype, device), outline, dtype)
 
 
-def resolve_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+def resolve_dtype(name: str, outline: Outline, device: torch.device) -> torch.dtype:
     """The dtype to compute in. "auto" is the checkpoint's, or float32 where that is none of ours or the device lacks it.
 
     Raises ConfigError for another name, or for bfloat16 on a GPU without it.
     """
     lacking = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
-        dtype = DTYPES.get(config.dtype or "", torch.float32)
+        dtype = DTYPES.get(outline.dtype or "", torch.float32)
         return torch.float32 if lacking and dtype == torch.bfloat16 else dtype
     if name not in DTYPES:
         raise ConfigError(f"dtype={name!r} is refused; it is auto, {' or '.join(DTYPES)}")

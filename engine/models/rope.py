@@ -2,17 +2,93 @@
 
 A position's key is computed once and cached, so only scalings that fix the frequencies in advance can be served.
 `dynamic` changes them when a sequence outgrows max_position_embeddings; ModelConfig.max_len stops there, and up to there
-it equals `default`. `longrope`, which has one set for short and one for long sequences, is refused on loading.
+it equals `default`. `longrope` has one set for short and one for long sequences and is left to transformers.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Annotated, Any
 
+import msgspec
 import torch
+from msgspec import Meta, Struct
 from torch import Tensor
 
-from .config import RopeConfig
+from pagefork.scheduler.errors import ModelError
+
+ROPE_TYPES = {  # and what each of them needs
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+class UnsupportedError(ModelError):
+    """The native decoder lacks a feature that a checkpoint of its architectures uses."""
+
+
+class RopeConfig(Struct, frozen=True):
+    """The base of the rotary frequencies and how they are scaled. Names are those of rope_parameters."""
+
+    rope_type: str = "default"
+    rope_theta: float = 10000.0
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+class _Raw(Struct):
+    """The part of config.json that is about rotary embeddings."""
+
+    rope_theta: float | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    original_max_position_embeddings: Annotated[int, Meta(ge=1)] | None = None
+    partial_rotary_factor: float | None = None
+
+
+def parse_rope(config: dict[str, Any], positions: int) -> tuple[RopeConfig, int]:
+    """The rotary embedding of the contents of config.json, and how many positions it serves.
+
+    positions: max_position_embeddings. Raises UnsupportedError or, for a value that makes no sense, ModelError.
+    """
+    try:
+        raw = msgspec.convert(config, _Raw)
+    except msgspec.ValidationError as error:
+        raise ModelError(f"the rotary embedding is refused: {error}") from None
+    given = dict(raw.rope_parameters or raw.rope_scaling or {})
+    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
+    if any(isinstance(value, dict) for value in given.values()):
+        raise UnsupportedError(f"rope_parameters that differ between kinds of layers ({', '.join(given)}) are not supported")
+    if kind not in ROPE_TYPES:
+        raise UnsupportedError(f"rope_type={kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
+    if (part := given.get("partial_rotary_factor", raw.partial_rotary_factor)) not in (None, 1.0):
+        raise UnsupportedError(f"partial_rotary_factor={part} is not supported; heads rotate as a whole (1.0)")
+    given = {name: value for name, value in given.items() if value is not None}
+    if missing := [name for name in ROPE_TYPES[kind] if name not in given]:
+        raise ModelError(f"rope_type={kind!r} needs {', '.join(missing)} in rope_parameters")
+    original = raw.original_max_position_embeddings or given.get("original_max_position_embeddings") or positions
+    given.setdefault("rope_theta", raw.rope_theta or 10000.0)
+    given["original_max_position_embeddings"] = original
+    if kind == "yarn":
+        given.setdefault("factor", positions / original)
+    try:
+        rope = msgspec.convert(given | {"rope_type": kind}, RopeConfig)
+    except msgspec.ValidationError as error:
+        raise ModelError(f"rope_parameters are refused: {error}") from None
+    # yarn stretches `original` whether or not max_position_embeddings was raised along with it. dynamic would change the
+    # frequencies of all earlier positions, whose keys are cached, beyond max_position_embeddings; up to there it is default.
+    return rope, max(positions, int(original * rope.factor)) if kind == "yarn" else positions
 
 
 def rotary(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:

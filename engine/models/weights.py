@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from pagefork.scheduler.errors import ModelError
 
@@ -36,7 +37,8 @@ class Weights:
     def __init__(self, directory: Path) -> None:
         self._files: dict[str, Any] = {}
         self.shapes: dict[str, Shape] = {}
-        self.dtypes: dict[str, str] = {}
+        self.dtypes: dict[str, str] = {}  # as transformers names them where it is one of ours, else as the file does
+        self._bar: tqdm[Any] | None = None
         owners = _shards(directory)
         try:
             for name in dict.fromkeys(owners.values()) if owners else [_SINGLE]:
@@ -52,31 +54,45 @@ class Weights:
             raise ModelError(f"{path} is damaged or can't be read: {error}") from None
         names = set(handle.keys())
         if lost := [name for name in promised if name not in names]:
-            raise ModelError(f"{_INDEX} says that {path.name} holds {_some(lost)}, but it does not")
+            raise ModelError(f"{_INDEX} says that {path.name} holds {some(lost)}, but it does not")
         for name in promised or names:
             header = handle.get_slice(name)
-            if (kind := header.get_dtype()) not in _FLOATS:
-                raise ModelError(f"{name} is stored as {kind}; supported are {', '.join(_FLOATS)}, quantized weights are not")
             self._files[name] = handle
             self.shapes[name] = tuple(header.get_shape())
-            self.dtypes[name] = _FLOATS[kind]
+            self.dtypes[name] = _FLOATS.get(header.get_dtype(), header.get_dtype())
 
     def check(self, expected: dict[str, Shape], ignored: Iterable[str] = ()) -> None:
         """Raises ModelError unless the checkpoint has exactly the expected names and shapes; `ignored` names may be there too."""
         if missing := sorted(expected.keys() - self.shapes.keys()):
-            raise ModelError(f"the checkpoint lacks {_some(missing)}")
+            raise ModelError(f"the checkpoint lacks {some(missing)}")
         if left := sorted(self.shapes.keys() - expected.keys() - set(ignored)):
-            raise ModelError(f"the checkpoint has weights that the model does not: {_some(left)}")
+            raise ModelError(f"the checkpoint has weights that the model does not: {some(left)}")
         wrong = [
             f"{name} is {list(self.shapes[name])}, not {list(shape)}"
             for name, shape in expected.items()
             if self.shapes[name] != shape
         ]
         if wrong:
-            raise ModelError(f"weights do not fit config.json: {_some(wrong)}")
+            raise ModelError(f"weights do not fit config.json: {some(wrong)}")
+        self.check_stored(expected)
+
+    def check_stored(self, names: Iterable[str], also: Iterable[str] = ()) -> None:
+        """Raises ModelError for a weight that is no floating-point number of a size that models are trained in.
+
+        `also` are other types that may occur, as files name them.
+        """
+        allowed = {*_FLOATS.values(), *also}
+        for name in names:
+            if self.dtypes[name] not in allowed:
+                raise ModelError(
+                    f"{name} is stored as {self.dtypes[name]}; supported are {', '.join(_FLOATS)}, quantized weights are not"
+                )
 
     def take(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A weight, cast and moved; memory of its own, so that the file's pages can go."""
+        """A weight, cast and moved; memory of its own, so that the file's pages can go. Progress shows on a terminal."""
+        if self._bar is None:
+            self._bar = tqdm(total=len(self.shapes), desc="Loading", unit="weight", disable=None, delay=0.5, leave=False)
+        self._bar.update()
         try:
             weight: Tensor = self._files[name].get_tensor(name)
         except (SafetensorError, OSError) as error:
@@ -85,6 +101,8 @@ class Weights:
 
     def close(self) -> None:
         self._files.clear()
+        if self._bar is not None:
+            self._bar.close()
 
     def __enter__(self) -> Self:
         return self
@@ -113,9 +131,10 @@ def _shards(directory: Path) -> dict[str, str]:
 def _no_weights(directory: Path) -> str:
     for endings, advice in _FOREIGN.items():
         if found := sorted(path.name for path in directory.iterdir() if path.suffix in endings):
-            return f"{directory} has its weights in {_some(found)}: {advice}"
+            return f"{directory} has its weights in {some(found)}: {advice}"
     return f"{directory} has neither {_SINGLE} nor {_INDEX}"
 
 
-def _some(names: list[str], most: int = 4) -> str:
+def some(names: list[str], most: int = 4) -> str:
+    """The first few names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -12,7 +12,7 @@ from support.feeding import Feeder
 
 from pagefork.cache import KVCache, block_bytes, num_blocks_for
 from pagefork.models.config import ModelConfig
-from pagefork.models.registry import load_config, load_model
+from pagefork.models.registry import load_model
 from pagefork.scheduler.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     path = tmp_path_factory.mktemp("model")
     make_checkpoint(path)
-    return load_config(path)
+    return load_model(path, torch.float32, CPU).config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
 from transformers.models.qwen2 import Qwen2Config
@@ -39,14 +39,15 @@ def make_checkpoint(
     tokenizer: Path | None = None,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """Saves a small random model of a family of CONFIGS to a directory and returns it, in eval mode.
+    """Saves a small random model of a family (a model_type of transformers) to a directory and returns it, in eval mode.
 
-    `overrides` go to its config; `shard` is the largest size of a file ("20KB"); `tokenizer` is a directory whose
-    tokenizer is copied. Weights are spread so that attention is far from uniform and biases and norms are not neutral.
+    SIZES fit the families of CONFIGS and most others. `overrides` go to its config; `shard` is the largest size of a file
+    ("20KB"); `tokenizer` is a directory whose tokenizer is copied. Weights are spread so that attention is far from
+    uniform and biases and norms are not neutral.
     """
     set_seed(len(family) + len(overrides))
     settings = SIZES | ({"head_dim": 16} if family == "qwen3" else {}) | overrides
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](**settings), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 2:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from support.checkpoints import CONFIGS, SIZES, edit_json, make_checkpoint
 
-from pagefork.models.config import ModelConfig, parse_config, read_config
-from pagefork.models.registry import load_config, resolve_dtype
+from pagefork.models.config import DecoderConfig, parse_config
+from pagefork.models.registry import load_outline, resolve_dtype
 from pagefork.models.rope import rotary
 from pagefork.scheduler.errors import ConfigError, ModelError
 
@@ -20,12 +20,12 @@ QWEN2 = {**SIZES, "architectures": ["Qwen2ForCausalLM"]}
 MISTRAL = {**SIZES, "architectures": ["MistralForCausalLM"]}
 
 
-def saved(path: Path, family: str, **overrides: Any) -> ModelConfig:
+def saved(path: Path, family: str, **overrides: Any) -> DecoderConfig:
     """What we read of a configuration that transformers wrote."""
     config = CONFIGS[family](**(SIZES | overrides))
     config.architectures = [{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family] + "ForCausalLM"]
     config.save_pretrained(path)
-    return read_config(path)
+    return parse_config(json.loads((path / "config.json").read_text()))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -35,7 +35,7 @@ def test_defaults_are_those_of_transformers(tmp_path: Path, family: str) -> None
     saved(tmp_path, family)
     edit_json(tmp_path / "config.json", head_dim=None, num_key_value_heads=None, rms_norm_eps=None, tie_word_embeddings=None)
     edit_json(tmp_path / "config.json", num_attention_heads=32, rope_parameters=None)
-    ours = read_config(tmp_path)
+    ours = parse_config(json.loads((tmp_path / "config.json").read_text()))
     theirs = CONFIGS[family](**json.loads((tmp_path / "config.json").read_text()))
     assert ours.num_kv_heads == theirs.num_key_value_heads
     assert ours.head_dim == getattr(theirs, "head_dim", theirs.hidden_size // 32)
@@ -123,38 +123,30 @@ def test_windows_are_per_layer_as_in_transformers(tmp_path: Path) -> None:
 
 def test_end_tokens_of_both_files_are_merged(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, eos_token_id=[7, 2])
-    assert load_config(tmp_path).eos_token_ids == (7, 2)
+    assert load_outline(tmp_path).eos_token_ids == (7, 2)
     edit_json(tmp_path / "generation_config.json", eos_token_id=[2, 9])
-    assert load_config(tmp_path).eos_token_ids == (7, 2, 9)
+    assert load_outline(tmp_path).eos_token_ids == (7, 2, 9)
     edit_json(tmp_path / "config.json", eos_token_id=None)
-    assert load_config(tmp_path).eos_token_ids == (2, 9)
+    assert load_outline(tmp_path).eos_token_ids == (2, 9)
     (tmp_path / "generation_config.json").unlink()
-    assert load_config(tmp_path).eos_token_ids == ()
+    assert load_outline(tmp_path).eos_token_ids == ()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_auto_is_the_dtype_of_the_checkpoint(tmp_path: Path, dtype: str) -> None:
     make_checkpoint(tmp_path, dtype=getattr(torch, dtype))
     cpu = torch.device("cpu")
-    assert resolve_dtype("auto", load_config(tmp_path), cpu) == getattr(torch, dtype)
+    assert resolve_dtype("auto", load_outline(tmp_path), cpu) == getattr(torch, dtype)
     edit_json(tmp_path / "config.json", dtype=None)
-    assert resolve_dtype("auto", load_config(tmp_path), cpu) == getattr(torch, dtype)
-    assert resolve_dtype("float32", load_config(tmp_path), cpu) == torch.float32
+    assert resolve_dtype("auto", load_outline(tmp_path), cpu) == getattr(torch, dtype)
+    assert resolve_dtype("float32", load_outline(tmp_path), cpu) == torch.float32
     with pytest.raises(ConfigError, match=r"float8.*bfloat16"):
-        resolve_dtype("float8", load_config(tmp_path), cpu)
+        resolve_dtype("float8", load_outline(tmp_path), cpu)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            {**LLAMA, "architectures": ["GPT2LMHeadModel"]},
-            "GPT2LMHeadModel is not supported; supported are LlamaForCausalLM, Mis",
-        ),
-        ({**SIZES, "model_type": "llama"}, "none; model_type 'llama'.*supported are LlamaForCausalLM"),
-        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "T5.* is an encoder-decoder"),
-        ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, "quantization_config: awq"),
-        ({**LLAMA, "auto_map": {"AutoModelForCausalLM": "modeling.X"}}, "auto_map.*never run"),
         ({**LLAMA, "hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({key: LLAMA[key] for key in LLAMA if key != "hidden_size"}, "hidden_size"),
         ({**LLAMA, "num_hidden_layers": 0}, "num_hidden_layers"),
@@ -175,3 +167,48 @@ def test_auto_is_the_dtype_of_the_checkpoint(tmp_path: Path, dtype: str) -> None
 def test_what_is_not_supported_is_refused_by_name(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         parse_config(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architectures": ["NoSuchModel"]}, "architecture NoSuchModel is not supported.*causal language models of transformers"),
+        ({**SIZES, "model_type": "llama"}, "none; model_type 'llama'.*of which LlamaForCausalLM, .* run natively"),
+        (
+            {"architectures": ["Own"], "auto_map": {"AutoModelForCausalLM": "modeling.X"}},
+            "Own.*auto_map.*remote code is never run",
+        ),
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "T5.* is an encoder-decoder"),
+        ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, "quantization_config: awq"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3.* is multimodal"),
+        ({**LLAMA, "vision_config": {"hidden_size": 8}}, r"multimodal \(vision_config\)"),
+        ({**LLAMA, "architectures": ["Llama4ForCausalLM"]}, "Llama4ForCausalLM is not supported: its attention scales"),
+        ({**LLAMA, "architectures": ["GPT2LMHeadModel"], "model_type": "llama"}, "names GPT2.*model_type 'llama' is another's"),
+        (
+            {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": "x"},
+            "GPT2LMHeadModel is refused by transformers",
+        ),
+        ({"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}, "keeps a state .*linear_attention"),
+        ({"architectures": ["BloomForCausalLM"], "model_type": "bloom"}, "Bloom.* states no longest sequence"),
+        ({**QWEN2, "eos_token_id": "end"}, "eos_token_id is refused"),
+    ],
+)
+def test_what_nobody_runs_is_refused_by_name(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=message):
+        load_outline(tmp_path)
+
+
+def test_the_native_decoder_takes_what_it_covers_and_transformers_the_rest(tmp_path: Path) -> None:
+    def native(impl: str, **changes: Any) -> bool:
+        (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "model_type": "llama", "dtype": "float32", **changes}))
+        return isinstance(load_outline(tmp_path, impl), DecoderConfig)
+
+    partial = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
+    assert native("auto") and native("native") and not native("transformers")
+    assert native("auto", auto_map={"AutoModelForCausalLM": "modeling.X"})  # transformers has the class itself
+    assert not native("auto", **partial) and not native("auto", hidden_act="gelu")
+    with pytest.raises(ModelError, match="partial_rotary_factor"):
+        native("native", **partial)
+    with pytest.raises(ModelError, match=r"model_impl='native' covers LlamaForCausalLM, .*, not GPT2LMHeadModel"):
+        native("native", architectures=["GPT2LMHeadModel"], model_type="gpt2")

@@ -13,7 +13,7 @@ from support.checkpoints import edit_json, make_checkpoint
 from support.feeding import Feeder
 from torch import Tensor
 
-from pagefork.models.registry import load_config, load_model
+from pagefork.models.registry import load_model, load_outline
 from pagefork.scheduler.errors import ModelError
 
 CPU = torch.device("cpu")
@@ -120,10 +120,10 @@ def test_directories_without_a_checkpoint_say_what_is_missing(tmp_path: Path, wh
         load(tmp_path)
     (whole / "config.json").write_text("{ not json")
     with pytest.raises(ModelError, match=r"config\.json can't be read"):
-        load_config(whole)
+        load_outline(whole)
     (whole / "config.json").write_text("[1]")
     with pytest.raises(ModelError, match="no JSON object"):
-        load_config(whole)
+        load_outline(whole)
 
 
 @pytest.mark.parametrize(
