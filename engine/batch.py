@@ -31,12 +31,14 @@ class Batch:
     attention: dict[int | None, AttentionIndex]  # by sliding window
 
 
-def build_batch(rows: Rows, tables: Ints, tokens: Tensor, config: ModelConfig, cache: KVCache) -> Batch:
+def build_batch(
+    rows: Rows, tables: Ints, tokens: Tensor, config: ModelConfig, cache: KVCache, batch_invariant: bool = False
+) -> Batch:
     """The batch of a step.
 
     tables: the block table of every slot, int32 [slots, columns]; tokens: int64 [T] on the cache's device, those of
-    `rows` with LAST_TOKEN replaced by what the slot drew. Raises ValueError if a row has no tokens, outgrows its
-    table, or if there are no rows.
+    `rows` with LAST_TOKEN replaced by what the slot drew; batch_invariant: as in `index_attention`. Raises ValueError
+    if a row has no tokens, outgrows its table, or if there are no rows.
     """
     length = np.diff(rows.offset)
     count = int(rows.offset[-1])
@@ -57,6 +59,7 @@ def build_batch(rows: Rows, tables: Ints, tokens: Tensor, config: ModelConfig, c
             window=window,
             dtype=cache.k.dtype,
             device=device,
+            batch_invariant=batch_invariant,
         )
         for window in dict.fromkeys(config.windows)
     }

@@ -12,8 +12,9 @@ from pagefork.scheduler.errors import ConfigError
 from .cache import KVCache, num_blocks_for
 from .checkpoint import locate
 from .config import EngineConfig
+from .json_file import read_json
 from .kernels.linear import linear_backend
-from .models.config import ModelConfig, read_json
+from .models.config import ModelConfig
 from .models.registry import Model, load_model, load_outline, resolve_dtype
 from .runner import ModelRunner
 from .tokenizer import Tokenizer

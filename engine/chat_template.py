@@ -11,7 +11,7 @@ from typing import Any
 
 from pagefork.scheduler.errors import InvalidRequestError, ModelError
 
-from .models.config import JsonObject, read_json
+from .json_file import JsonObject, read_json
 
 _RESERVED = {"conversations", "return_assistant_tokens_mask"}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from pagefork.scheduler.errors import ConfigError, ModelError
 
 from .demo import demo_path
+from .json_file import read_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # "*" matches "/" as well. What lies in folders (original/, onnx/) and Mistral's own format are the same weights once more.
@@ -94,8 +95,6 @@ def _reason(error: Exception, model: str) -> str:
 
 def _lacking(path: Path) -> str | None:
     """The first file without which the snapshot is no checkpoint; a link into nowhere is none."""
-    from .models.config import read_json  # which imports torch
-
     index = path / "model.safetensors.index.json"
     needed = ["config.json"]
     if index.is_file() and not (path / "model.safetensors").is_file():

@@ -13,7 +13,7 @@ from pagefork.scheduler.errors import InvalidRequestError, ModelError
 
 from .chat_template import ChatTemplate
 from .cleanup import clean, clean_settled
-from .models.config import read_json
+from .json_file import read_json
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _SPELLED = (_REPLACEMENT, "ï¿½", "<0xEF><0xBF><0xBD>")  # the character itself, in the alphabets of bytes that tokenizers use

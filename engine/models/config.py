@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
 
+from pagefork.json_file import JsonObject, read_json
 from pagefork.scheduler.errors import ModelError
 
 from .rope import RopeConfig, UnsupportedError, parse_rope
 
-JsonObject = dict[str, Any]
 Size = Annotated[int, Meta(ge=1)]
 
 
@@ -108,17 +107,6 @@ class _Raw(Struct):
 
 class _Ends(Struct):
     eos_token_id: int | list[int] | None = None
-
-
-def read_json(path: Path) -> JsonObject:
-    """The JSON object in a file. Raises ModelError if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} can't be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds no JSON object")
-    return value
 
 
 def read_configs(directory: Path) -> tuple[JsonObject, JsonObject]:

@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from pagefork.json_file import JsonObject
 from pagefork.scheduler.errors import ModelError
 
-from .config import FAMILIES, JsonObject, Outline, end_tokens, parse_config, read_configs, stated_dtype
+from .config import FAMILIES, Outline, end_tokens, parse_config, read_configs, stated_dtype
 from .rope import UnsupportedError
 
 logger = logging.getLogger("pagefork")

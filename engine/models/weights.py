@@ -12,9 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from pagefork.json_file import read_json
 from pagefork.scheduler.errors import ModelError
-
-from .config import read_json
 
 Shape = tuple[int, ...]
 
