@@ -14,7 +14,7 @@ from .checkpoint import locate
 from .config import EngineConfig
 from .json_file import read_json
 from .kernels.linear import linear_backend
-from .models.config import ModelConfig
+from .models.config import DecoderConfig, ModelConfig, Outline
 from .models.registry import Model, load_model, load_outline, resolve_dtype
 from .runner import ModelRunner
 from .tokenizer import Tokenizer
@@ -57,6 +57,7 @@ class Built(NamedTuple):
             "cache_memory": cache.k.nbytes + cache.v.nbytes,
             "num_blocks": cache.num_blocks - 1,
             "block_size": cache.block_size,
+            "batch_invariant": bool(config.batch_invariant),
             "max_model_len": self.max_model_len,
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
@@ -69,6 +70,8 @@ def build(config: EngineConfig) -> Built:
     outline = load_outline(path, config.model_impl)
     device = _device(config.device)
     dtype = resolve_dtype(config.dtype, outline, device)
+    if config.batch_invariant:
+        _check_batch_invariant(outline, dtype, device)
     if config.max_model_len is not None and config.max_model_len > outline.max_len:
         raise ConfigError(f"max_model_len={config.max_model_len}: the model was made for at most {outline.max_len} tokens")
     length = config.max_model_len or outline.max_len
@@ -85,7 +88,7 @@ def build(config: EngineConfig) -> Built:
         )
     length = min(length, capacity)
     cache = KVCache(model.config, num_blocks, config.block_size, dtype, device)
-    runner = ModelRunner(model, cache, config.max_num_seqs, length)
+    runner = ModelRunner(model, cache, config.max_num_seqs, length, bool(config.batch_invariant))
     return Built(path, model, cache, runner, tokenizer, length, _generation(path))
 
 
@@ -95,6 +98,17 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda': torch sees no CUDA device here; use 'cpu' or 'auto'")
     return torch.device(name)
+
+
+def _check_batch_invariant(outline: Outline, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ConfigError where the promise can't be kept: it rests on the order in which our CPU kernels add up."""
+    if not isinstance(outline, DecoderConfig):
+        reason = f"{outline.architecture} runs through transformers"
+    elif linear_backend(dtype, device) != "onednn-packed":
+        reason = f"{str(dtype).removeprefix('torch.')} on {device} has no packed linear layers here"
+    else:
+        return
+    raise ConfigError(f"batch_invariant=True is for native models in float32 or bfloat16 on a CPU with oneDNN; {reason}")
 
 
 def _set_threads(config: EngineConfig, model: Model) -> None:

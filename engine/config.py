@@ -55,7 +55,8 @@ class EngineConfig(Checked, frozen=True, kw_only=True):
         Literal["fcfs", "priority"], Meta(description="Who runs first: who came first, or the lowest priority value")
     ] = "fcfs"
     batch_invariant: Annotated[
-        bool | None, Meta(description="Bit-identical logits for a sequence in any batch, chunked, resumed or on a prefix hit")
+        bool | None,
+        Meta(description="Bit-identical logits of a sequence in any batch, chunked, resumed or on a prefix hit; None: no"),
     ] = None
     num_threads: (
         Annotated[

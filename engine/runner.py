@@ -22,9 +22,12 @@ _SLICE = 1 << 24  # most logits of prompt tokens held at once
 class ModelRunner:
     """Keeps, by slot, what a plan takes for granted: the block table here, tokens and parameters in the sampler."""
 
-    def __init__(self, model: Model, cache: KVCache, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(
+        self, model: Model, cache: KVCache, max_num_seqs: int, max_model_len: int, batch_invariant: bool = False
+    ) -> None:
         self._model = model
         self._cache = cache
+        self._batch_invariant = batch_invariant
         self._table = np.zeros((max_num_seqs, -(-max_model_len // cache.block_size)), np.int32)
         self._sampler = Sampler(max_num_seqs, model.config.vocab_size, max_model_len, cache.device)
         self.processors = self._sampler.processors
@@ -39,7 +42,7 @@ class ModelRunner:
         self._table[plan.tables.slot, plan.tables.column] = plan.tables.block
         self._cache.copy_blocks(plan.copies.src, plan.copies.dst)
         tokens = self._resolve(plan.rows)
-        batch = build_batch(plan.rows, self._table, tokens, self._model.config, self._cache)
+        batch = build_batch(plan.rows, self._table, tokens, self._model.config, self._cache, self._batch_invariant)
         self._sampler.feed(plan.rows, tokens)
         hidden = self._model.forward(batch, self._cache)
         self._results.append(Result(plan.step, self._read(plan, hidden)))

@@ -33,9 +33,9 @@ def test_the_bits_of_a_row_do_not_depend_on_how_many_rows_there_are(out: int, n:
     if linear_backend(dtype, CPU) != "onednn-packed":
         pytest.skip("plain torch promises nothing of the kind")
     torch.manual_seed(n)
-    layer, x = Linear(torch.randn(out, n).to(dtype)), torch.randn(300, n).to(dtype)
+    layer, x = Linear(torch.randn(out, n).to(dtype)), torch.randn(2048, n).to(dtype)
     whole = layer(x)
-    for rows in [*range(2, 36), 48, 63, 64, 65, 100, 128, 129, 255]:
+    for rows in [*range(2, 36), 48, 63, 64, 65, 100, 128, 129, 255, 300, 511, 513, 1025, 2047]:
         assert torch.equal(layer(x[:rows]), whole[:rows]), rows
     assert torch.equal(layer(x[7 : 7 + MIN_ROWS]), whole[7 : 7 + MIN_ROWS])
 

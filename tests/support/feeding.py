@@ -15,9 +15,12 @@ from pagefork.scheduler.plan import Rows, ints
 class Feeder:
     """`feed` computes any tokens of any slots; a slot keeps what it was fed."""
 
-    def __init__(self, model: Model, slots: int = 8, length: int = 320, block_size: int = 16) -> None:
+    def __init__(
+        self, model: Model, slots: int = 8, length: int = 320, block_size: int = 16, batch_invariant: bool = False
+    ) -> None:
         columns = -(-length // block_size)
         self.model = model
+        self.batch_invariant = batch_invariant
         self.cache = KVCache(model.config, slots * columns + 1, block_size, model.dtype, model.device)
         self.cache.k.fill_(torch.nan)
         self.cache.v.fill_(torch.nan)
@@ -30,6 +33,6 @@ class Feeder:
         flat = ints([token for row in tokens for token in row])
         offset = ints(np.cumsum([0, *map(len, tokens)]))
         plan = Rows(ints(slots), ints(starts), offset, flat, np.empty((0, 3), np.int32))
-        batch = build_batch(plan, self.tables, torch.from_numpy(flat).long(), self.model.config, self.cache)
+        batch = build_batch(plan, self.tables, torch.from_numpy(flat).long(), self.model.config, self.cache, self.batch_invariant)
         hidden = self.model.forward(batch, self.cache)
         return list(self.model.logits(hidden[: len(flat)]).split([len(row) for row in tokens]))
