@@ -102,6 +102,10 @@ class LLMEngine:
         """SamplingParams from the model's generation_config, as `generation_config.default_params` reads it."""
         return self._default_params
 
+    def has_request(self, request_id: str) -> bool:
+        """Whether a request of this id has not finished, or its last output has not been taken."""
+        return request_id in self._processors or any(output.request_id == request_id for output in self._undelivered)
+
     def has_unfinished_requests(self) -> bool:
         """Whether step() still has something to compute or to deliver."""
         return self._scheduler.has_unfinished or bool(self._undelivered)

@@ -91,7 +91,7 @@ class LLM:
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         requests = [
-            self.engine.prepare(str(next(self._ids)), prompt, params)
+            self.engine.prepare(self._next_id(), prompt, params)
             for prompt, params in zip(prompts, self._params(sampling_params, len(prompts)), strict=True)
         ]
         for request, text in zip(requests, texts, strict=True):
@@ -106,6 +106,10 @@ class LLM:
             if output.error is not None:
                 logger.error("request %s failed: %s", output.request_id, output.error)
         return [done[request_id] for request_id in ids]
+
+    def _next_id(self) -> str:
+        """The next number that no request has which was added to the engine directly."""
+        return next(name for name in map(str, self._ids) if not self.engine.has_request(name))
 
     def default_params(self) -> SamplingParams:
         """What sampling_params=None means for this model; see LLMEngine.default_params."""

@@ -293,6 +293,18 @@ def test_requests_added_to_the_engine_survive_a_generate_call(demo: LLM) -> None
     assert found["mine"].finished and len(found["mine"].outputs[0].token_ids) == 12
 
 
+def test_numbers_that_name_requests_of_the_engine_are_left_to_them() -> None:
+    llm = LLM("demo", num_blocks=64)
+    for number in "13":
+        llm.engine.add_request(number, PROMPTS[1], GREEDY)
+    llm.engine.abort_request("3")
+    assert [output.request_id for output in run(llm, PROMPTS)] == ["0", "2", "4"]
+    found = {}
+    while llm.engine.has_unfinished_requests():
+        found.update({output.request_id: output for output in llm.engine.step()})
+    assert {name: output.outputs[0].finish_reason for name, output in found.items()} == {"1": "length", "3": "abort"}
+
+
 def test_a_request_larger_than_the_cache_is_refused() -> None:
     llm = LLM("demo", num_blocks=4)
     assert llm.engine.max_model_len == 64
