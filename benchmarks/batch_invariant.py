@@ -16,15 +16,17 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from throughput import ROOT, machine, random_llama
 
 from pagefork import LLM, SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parent))
+from shared import RANDOM_LLAMA, ROOT, facts, random_llama
 
 Load = tuple[int, int, int]  # prompts, their tokens, tokens generated for each
 
@@ -80,15 +82,14 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    model = args.model or str(random_llama(ROOT / ".cache/llama-134m"))
+    model = args.model or random_llama()
     engines = {
         value: LLM(model, dtype=args.dtype, num_threads=args.threads, num_blocks=600, batch_invariant=value)
         for value in (False, True)
     }
     result: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "model": args.model or "random Llama, 134.5 M parameters",
+        **facts(),
+        "model": args.model or RANDOM_LLAMA,
         "dtype": args.dtype,
         "loads": [],
     }

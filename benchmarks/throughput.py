@@ -13,45 +13,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from pagefork import LLM, SamplingParams
 
-ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parent))
+from shared import RANDOM_LLAMA, ROOT, facts, random_llama
+
 TOP_P = 0.95
 Engine = Callable[[list[list[int]], int], int]  # (prompts, output length) -> tokens generated
-
-
-def random_llama(path: Path) -> Path:
-    """A Llama of 134.5 M parameters (vocabulary 49152, tied) with random weights in bfloat16, made once."""
-    if not (path / "model.safetensors").exists():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-        )
-        LlamaForCausalLM(config).bfloat16().save_pretrained(path)
-    return path
 
 
 def pagefork_engine(model: str, dtype: str, sequences: int) -> Engine:
@@ -108,31 +87,6 @@ def summarise(runs: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in _read("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
-    )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": platform.platform(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("pagefork", "torch", "transformers")},
-        },
-        "commit": commit or None,
-    }
-
-
-def _read(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
 def draw_chart(result: dict[str, Any], path: Path) -> None:
     """Output tokens per second of every run, engines side by side."""
     import matplotlib as mpl
@@ -176,7 +130,7 @@ def main() -> None:
         parser.error("--prompts, --input-len, --output-len and --pairs must be at least 1")
 
     torch.manual_seed(args.seed)
-    model = args.model or str(random_llama(ROOT / ".cache/llama-134m"))
+    model = args.model or random_llama()
     engines = {
         "pagefork": pagefork_engine(model, args.dtype, args.prompts),
         "transformers": transformers_engine(model, args.dtype),
@@ -185,10 +139,8 @@ def main() -> None:
     summary = summarise(runs, list(engines))
     load = {name: getattr(args, name) for name in ("prompts", "input_len", "output_len", "dtype", "seed")} | {"top_p": TOP_P}
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ["python", "benchmarks/throughput.py", *sys.argv[1:]],
-        "machine": machine(),
-        "model": args.model or "random Llama, 134.5 M parameters",
+        **facts(),
+        "model": args.model or RANDOM_LLAMA,
         "load": load,
         "summary": summary,
         "runs": runs,

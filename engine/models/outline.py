@@ -18,6 +18,8 @@ _LENGTHS = (
     "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "max_seq_length", "seq_length", "n_ctx",
 )  # fmt: skip
 _REFUSED = {
+    "FalconH1ForCausalLM": "its layers keep a state beside keys and values",
+    "Gemma4UnifiedAssistantForCausalLM": "it drafts for another model, whose keys and values it reads",
     "Llama4ForCausalLM": "its attention scales queries by their place in the batch instead of their position",
 }
 _STATEFUL = ("linear", "mamba", "conv", "recurrent", "ssm", "rwkv", "lightning", "kda", "gla")
