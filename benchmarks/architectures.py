@@ -22,7 +22,6 @@ import collections
 import json
 import logging
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
