@@ -19,8 +19,9 @@ help:  ## say what can be made
 demo: $(READY)  ## complete four prompts, forked, in one batch on the demo model
 	@$(VENV)/bin/pagefork demo
 
+# Tests side by side take cores from each other: threads that wait must not spin.
 test: $(READY)  ## run the tests, side by side on up to four cores
-	@$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
+	@OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-long: $(READY)  ## run the tests that take minutes
 	@$(RUN) -m pytest -m long
