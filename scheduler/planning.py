@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from .group import Group
 from .kv_manager import KVManager, Written
-from .plan import LAST_TOKEN, Copies, Ints, Kind, Opens, Plan, Probe, Rows, Spec, Tables, ints
+from .plan import LAST_TOKEN, Copies, Ints, Opens, Plan, Rows, Spec, Tables, ints
+from .probing import ProbeTable
 from .slots import Slots
-from .strategies.base import Ids, Read
 
 
 class Chosen(NamedTuple):
@@ -22,82 +22,6 @@ class Chosen(NamedTuple):
 
     def where(self, keep: Ints) -> Chosen:
         return Chosen(self.seqs[keep], self.start[keep], self.end[keep])
-
-
-# What one group reads in a step: for which sequences and, per Read, (index of the probe, begin, end, n).
-Segment = tuple[Group, Ids, list[tuple[int, int, int, int]]]
-
-
-class Entries:
-    """Concatenates lists and arrays of ids cheaply: few arrays, many short lists."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._arrays: list[Ints] = []
-        self._list: list[int] = []
-
-    def add(self, ids: Ids) -> tuple[int, int]:
-        begin = self.size
-        end = self.size = begin + len(ids)
-        if type(ids) is np.ndarray:
-            self._arrays += [ints(self._list), ids]
-            self._list = []
-        else:
-            self._list += ids
-        return begin, end
-
-    def array(self) -> Ints:
-        return np.concatenate([*self._arrays, ints(self._list)])
-
-
-_SAMPLE = Kind.SAMPLE
-_OPTIONAL = ("groups", "keep", "bias", "similarity", "mask")
-
-
-class _Collected:
-    """The Reads of one kind with the same optional fields."""
-
-    def __init__(self, kind: Kind, fields: tuple[str, ...], probe: int) -> None:
-        self.kind = kind
-        self.fields = fields
-        self.probe = probe
-        self.at = Entries()
-        self.forks: list[tuple[int, int, Ids]] = []  # entries that are read for other sequences than those they read at
-        self.reads: list[Read] = []
-
-    def table(self, kv: KVManager, offset: Ints) -> Probe:
-        at, reads = self.at.array(), self.reads
-        seqs = at.copy()
-        for begin, end, forked in self.forks:
-            seqs[begin:end] = forked
-        extra: dict[str, Any] = {name: np.concatenate([getattr(read, name) for read in reads]) for name in self.fields}
-        n = max(read.n for read in reads)
-        return Probe(self.kind, offset[kv.table.row[at] + 1] - 1, kv.table.slot[seqs], n, **extra)
-
-
-class ProbeTable:
-    """Collects the Reads of all groups into one Probe per kind and set of optional fields."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[int, tuple[str, ...]], _Collected] = {}
-        self._order: list[_Collected] = []
-
-    def add(self, read: Read) -> tuple[int, int, int, int]:
-        """Where the read's entries stand: (probe, begin, end, n)."""
-        fields = () if read.kind is _SAMPLE else tuple(name for name in _OPTIONAL if getattr(read, name) is not None)
-        key = (int(read.kind), fields)
-        collected = self._found.get(key)
-        if collected is None:
-            collected = self._found[key] = _Collected(read.kind, fields, len(self._order))
-            self._order.append(collected)
-        collected.reads.append(read)
-        begin, end = collected.at.add(read.at)
-        if read.seqs is not None:
-            collected.forks.append((begin, end, read.seqs))
-        return collected.probe, begin, end, read.n
-
-    def probes(self, kv: KVManager, offset: Ints) -> list[Probe]:
-        return [collected.table(kv, offset) for collected in self._order]
 
 
 def tokens_of(chosen: Chosen, kv: KVManager, groups: dict[int, Group]) -> tuple[Ints, Ints]:
@@ -176,6 +100,3 @@ def assemble(
         np.concatenate([part.block for part in tables], dtype=np.int32),
     )
     return Plan(step, specs, forks, closes, opens, deltas, Copies(written.src, written.dst), rows, probes.probes(kv, rows.offset))
-
-
-__all__ = ["Chosen", "Entries", "ProbeTable", "Segment", "assemble", "shared_runs", "tokens_of"]

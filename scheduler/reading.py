@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .group import Group
-from .plan import Ints, Longs, Reads
-from .planning import Segment
+from .plan import Ints, Longs, Reads, ints
+from .probing import Segment
 from .scoring import Part
-from .strategies.base import Samples
+from .strategies.base import Ids, Samples
 
 _FIELDS = ("token", "logp", "rank", "top_id", "top_logp", "top_p", "parent", "score", "sim")
 _WIDE = ("top_id", "top_logp", "top_p")
@@ -82,6 +82,14 @@ class Reading:
 def first_why(reads: Reads, begin: int, end: int) -> str | None:
     """Why the first of entries [begin, end) that has a reason is bad."""
     return next((text for index, text in sorted(reads.why.items()) if begin <= index < end), None)
+
+
+def generation(group: Group) -> tuple[Ids, list[Any]]:
+    """The reads of a whole generation, which may have come in several steps; the group holds them no longer."""
+    held, group.held = group.held, []
+    counts = [len(seqs) for seqs, _ in held]
+    reads = [join(parts, counts) for parts in zip(*(part for _, part in held), strict=True)]
+    return np.concatenate([ints(seqs) for seqs, _ in held]), reads
 
 
 def join(parts: Sequence[Any], counts: list[int]) -> Any:

@@ -10,6 +10,7 @@ from .kv_manager import KVManager, Needs
 from .plan import ints
 from .planning import Chosen
 from .policy import WaitingQueue
+from .reading import Flight
 from .sequences import NO_CAP
 from .slots import Slots
 
@@ -173,7 +174,20 @@ class Residents:
             table.cap[running[0]] = shared
             self.slots.open(running[:1])
 
-    def follow(self) -> None:
+    def confirm(self, flight: Flight, groups: dict[int, Group]) -> None:
+        """What a plan computed counts from now on, for sequences that still hold the blocks it wrote."""
+        for group in flight.groups:
+            group.flights -= 1
+        table = self.kv.table
+        held = (table.birth[flight.seqs] == flight.births) & (table.era[flight.seqs] == flight.eras)
+        seqs = flight.seqs[held]
+        table.computed[seqs] = flight.ends[held]
+        filled = seqs[table.computed[seqs] // self.kv.block_size > table.published[seqs]]
+        for seq in filled.tolist():
+            self.kv.publish(groups[int(table.group[seq])], seq)
+        self._follow_leads()
+
+    def _follow_leads(self) -> None:
         """Let resumed groups go on whose lead has computed the common prefix."""
         table = self.kv.table
         for number, lead in list(self._leads.items()):

@@ -15,19 +15,18 @@ from typing import Any
 import numpy as np
 
 from . import endings
-from .edits import Editor, Update, fork_now, going_on
+from .edits import Editor, Update, going_on
 from .errors import EngineMisuseError, InvalidRequestError
 from .group import Group, State
 from .kv_manager import KVManager
-from .plan import Ints, Plan, Reads, Result, Rows, ints
-from .planning import Chosen, Entries, ProbeTable, Segment, assemble, shared_runs, tokens_of
-from .reading import Flight, Reading, first_why, join
+from .plan import Plan, Reads, Result, Rows
+from .planning import Chosen, assemble, shared_runs, tokens_of
+from .probing import Asked, ProbeTable, ask
+from .reading import Flight, Reading, first_why, generation
 from .request import Request
 from .residents import Residents
 from .scoring import Part, scored, targets
 from .strategies.base import Edit, Finish, Ids, Strategy, make
-
-_NARROW = 64  # up to this width a group's sequences are given as a list: arrays of few elements are slow
 
 
 @dataclass(slots=True)
@@ -138,59 +137,30 @@ class Scheduler:
         table.row[chosen.seqs] = np.arange(len(chosen.seqs))
         rows = Rows(table.slot[chosen.seqs], chosen.start, offset, tokens, shared_runs(chosen, self.kv))
         probes = ProbeTable()
-        segments, read, children = self._probe(chosen, probes)
+        asked = ask(chosen, self._groups, self.kv, self.residents.slots, probes)
+        self._broken += asked.broken
         plan = assemble(self.counters.steps, written, probes, self.kv, self.residents.slots, self._groups, rows)
         self.kv.settle(written)
         target, scores = targets(chosen, offset, table, self._unscored) if self._unscored else (None, [])
         if target is not None:
             plan.probes.append(target)
-        self._launch(plan, chosen, segments, scores, read, children)
+        self._launch(plan, chosen, asked, scores)
         return plan
 
-    def _probe(self, chosen: Chosen, probes: ProbeTable) -> tuple[list[Segment], Entries, Ints]:
-        """Ask each strategy what to read off its complete rows: segments, all their sequences, and those forked for it."""
-        table = self.kv.table
-        target = table.known[chosen.seqs] + table.pending[chosen.seqs]
-        complete = chosen.seqs[(chosen.end == target) & (table.probed[chosen.seqs] < target)]
-        groups = table.group[complete]
-        edges = np.flatnonzero(np.diff(groups, prepend=-1, append=-1)).tolist()
-        ids, numbers = complete.tolist(), groups[edges[:-1]].tolist()
-        segments: list[Segment] = []
-        read_for = Entries()
-        children: list[int] = []
-        for number, begin, end in zip(numbers, edges, edges[1:], strict=False):
-            group = self._groups[number]
-            try:
-                reads = group.strategy.probe(group, ids[begin:end] if end - begin < _NARROW else complete[begin:end])
-                parts = []
-                for read in reads:
-                    if read.seqs is not None:
-                        children += fork_now(self.kv, self.residents.slots, group, read)
-                    parts.append(probes.add(read))
-            except Exception as error:  # noqa: BLE001 - a strategy's bug ends its own request only
-                self._broken.append((group, error))
-                continue
-            seqs = reads[0].at if reads[0].seqs is None else reads[0].seqs
-            read_for.add(seqs)
-            segments.append((group, seqs, parts))
-        return segments, read_for, ints(children)
-
-    def _launch(
-        self, plan: Plan, chosen: Chosen, segments: list[Segment], scores: list[Part], read: Entries, children: Ints
-    ) -> None:
-        table, counters = self.kv.table, self.counters
-        seqs = read.array()
+    def _launch(self, plan: Plan, chosen: Chosen, asked: Asked, scores: list[Part]) -> None:
+        table, counters, seqs = self.kv.table, self.counters, asked.seqs
         table.probed[seqs] = table.scheduled[seqs]
         table.pending[seqs[table.pipelined[seqs]]] += 1
-        written = np.concatenate([chosen.seqs, children])
+        written = np.concatenate([chosen.seqs, asked.children])
         groups = [self._groups[number] for number in np.unique(table.group[chosen.seqs]).tolist()]
         for group in groups:
             group.flights += 1
         births, eras, ends = table.birth[written], table.era[written], table.scheduled[written]
-        self._flights.append(Flight(plan.step, written, ends, births, eras, seqs, table.birth[seqs], segments, scores, groups))
+        read_births = table.birth[seqs]
+        self._flights.append(Flight(plan.step, written, ends, births, eras, seqs, read_births, asked.segments, scores, groups))
         counters.steps += 1
         counters.forward_tokens += len(plan.rows.tokens)
-        counters.forks += len(plan.forks.dst) + len(children)
+        counters.forks += len(plan.forks.dst) + len(asked.children)
         counters.blocks_copied += len(plan.copies.dst)
 
     def apply(self, result: Result) -> list[Update]:
@@ -198,7 +168,7 @@ class Scheduler:
         flight = self._flights.popleft()
         if flight.step != result.step:
             raise EngineMisuseError(f"results must come in order: expected those of step {flight.step}, got step {result.step}")
-        self._confirm(flight)
+        self.residents.confirm(flight, self._groups)
         reading = Reading(result.reads)
         table = self.kv.table
         valid = table.birth[flight.read] == flight.read_births
@@ -234,7 +204,7 @@ class Scheduler:
                 group.held.append((seqs, reads))
                 if group.expect:
                     continue
-                seqs, reads = self._generation(group)  # noqa: PLW2901
+                seqs, reads = generation(group)  # noqa: PLW2901
             self._edit(group, update, seqs, group.strategy.advance, group, seqs, reads)
         self._editor.flush()
         return self._close(touched.values())
@@ -251,26 +221,6 @@ class Scheduler:
             self.kv.unpublish(group)
         else:
             update.scores.append(scored(part, reads))
-
-    def _confirm(self, flight: Flight) -> None:
-        """What the plan computed counts from now on, for sequences that still hold the blocks it wrote."""
-        for group in flight.groups:
-            group.flights -= 1
-        table = self.kv.table
-        held = (table.birth[flight.seqs] == flight.births) & (table.era[flight.seqs] == flight.eras)
-        seqs = flight.seqs[held]
-        table.computed[seqs] = flight.ends[held]
-        filled = seqs[table.computed[seqs] // self.block_size > table.published[seqs]]
-        for seq in filled.tolist():
-            self.kv.publish(self._groups[int(table.group[seq])], seq)
-        self.residents.follow()
-
-    def _generation(self, group: Group) -> tuple[Ids, list[Any]]:
-        """The reads of a whole generation, which may have come in several steps."""
-        held, group.held = group.held, []
-        counts = [len(seqs) for seqs, _ in held]
-        reads = [join(parts, counts) for parts in zip(*(part for _, part in held), strict=True)]
-        return np.concatenate([ints(seqs) for seqs, _ in held]), reads
 
     def _edit(self, group: Group, update: Update, read: Ids, decide: Callable[..., list[Edit]], *args: Any) -> None:
         try:

@@ -7,15 +7,17 @@ it was scored, since cached blocks hold keys and values but no logits.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
 
 from .group import Group
 from .plan import Floats, Ints, Kind, Probe, Reads, ints
-from .planning import Chosen
 from .sequences import Sequences
+
+if TYPE_CHECKING:
+    from .planning import Chosen
 
 
 class Part(NamedTuple):

@@ -23,6 +23,7 @@ def some_request(rng: random.Random, prefixes: list[list[int]]) -> tuple[list[in
         "temperature": [0.3, 1.0, 1.7], "top_k": [0, 1, 5, 50], "top_p": [1.0, 0.9, 0.4], "min_p": [0.0, 0.1],
         "repetition_penalty": [1.0, 1.3], "frequency_penalty": [0.0, 0.7], "presence_penalty": [0.0, -0.4],
         "no_repeat_ngram_size": [0, 0, 2], "min_tokens": [0, 1], "logit_bias": [None, {7: 4.0}], "logprobs": [None, 0, 3],
+        "prompt_logprobs": [None, None, 0, 2],
         "stop_token_ids": [[], [11, 12, 13, 14]], "allowed_token_ids": [None, None, list(range(3, 90))],
     }  # fmt: skip
     for name, values in choices.items():

@@ -1,0 +1,136 @@
+"""Asking each strategy what to read off the rows of a step, and collecting that into the probes of its plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from .edits import fork_now
+from .group import Group
+from .kv_manager import KVManager
+from .plan import Ints, Kind, Probe, ints
+from .slots import Slots
+from .strategies.base import Ids, Read
+
+if TYPE_CHECKING:
+    from .planning import Chosen
+
+_NARROW = 64  # up to this width a group's sequences are given as a list: arrays of few elements are slow
+
+# What one group reads in a step: for which sequences and, per Read, (index of the probe, begin, end, n).
+Segment = tuple[Group, Ids, list[tuple[int, int, int, int]]]
+
+
+class Entries:
+    """Concatenates lists and arrays of ids cheaply: few arrays, many short lists."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._arrays: list[Ints] = []
+        self._list: list[int] = []
+
+    def add(self, ids: Ids) -> tuple[int, int]:
+        begin = self.size
+        end = self.size = begin + len(ids)
+        if type(ids) is np.ndarray:
+            self._arrays += [ints(self._list), ids]
+            self._list = []
+        else:
+            self._list += ids
+        return begin, end
+
+    def array(self) -> Ints:
+        return np.concatenate([*self._arrays, ints(self._list)])
+
+
+_SAMPLE = Kind.SAMPLE
+_OPTIONAL = ("groups", "keep", "bias", "similarity", "mask")
+
+
+class _Collected:
+    """The Reads of one kind with the same optional fields."""
+
+    def __init__(self, kind: Kind, fields: tuple[str, ...], probe: int) -> None:
+        self.kind = kind
+        self.fields = fields
+        self.probe = probe
+        self.at = Entries()
+        self.forks: list[tuple[int, int, Ids]] = []  # entries that are read for other sequences than those they read at
+        self.reads: list[Read] = []
+
+    def table(self, kv: KVManager, offset: Ints) -> Probe:
+        at, reads = self.at.array(), self.reads
+        seqs = at.copy()
+        for begin, end, forked in self.forks:
+            seqs[begin:end] = forked
+        extra: dict[str, Any] = {name: np.concatenate([getattr(read, name) for read in reads]) for name in self.fields}
+        n = max(read.n for read in reads)
+        return Probe(self.kind, offset[kv.table.row[at] + 1] - 1, kv.table.slot[seqs], n, **extra)
+
+
+class ProbeTable:
+    """Collects the Reads of all groups into one Probe per kind and set of optional fields."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, tuple[str, ...]], _Collected] = {}
+        self._order: list[_Collected] = []
+
+    def add(self, read: Read) -> tuple[int, int, int, int]:
+        """Where the read's entries stand: (probe, begin, end, n)."""
+        fields = () if read.kind is _SAMPLE else tuple(name for name in _OPTIONAL if getattr(read, name) is not None)
+        key = (int(read.kind), fields)
+        collected = self._found.get(key)
+        if collected is None:
+            collected = self._found[key] = _Collected(read.kind, fields, len(self._order))
+            self._order.append(collected)
+        collected.reads.append(read)
+        begin, end = collected.at.add(read.at)
+        if read.seqs is not None:
+            collected.forks.append((begin, end, read.seqs))
+        return collected.probe, begin, end, read.n
+
+    def probes(self, kv: KVManager, offset: Ints) -> list[Probe]:
+        return [collected.table(kv, offset) for collected in self._order]
+
+
+class Asked(NamedTuple):
+    """What a step reads: by group, and for which sequences in all; `children` were forked for it.
+
+    broken: groups whose strategy raised.
+    """
+
+    segments: list[Segment]
+    seqs: Ints
+    children: Ints
+    broken: list[tuple[Group, Exception]]
+
+
+def ask(chosen: Chosen, groups: dict[int, Group], kv: KVManager, slots: Slots, probes: ProbeTable) -> Asked:
+    """Ask each strategy what to read off its complete rows, and collect it in `probes`."""
+    table = kv.table
+    target = table.known[chosen.seqs] + table.pending[chosen.seqs]
+    complete = chosen.seqs[(chosen.end == target) & (table.probed[chosen.seqs] < target)]
+    owners = table.group[complete]
+    edges = np.flatnonzero(np.diff(owners, prepend=-1, append=-1)).tolist()
+    ids, numbers = complete.tolist(), owners[edges[:-1]].tolist()
+    segments: list[Segment] = []
+    read_for = Entries()
+    children: list[int] = []
+    broken: list[tuple[Group, Exception]] = []
+    for number, begin, end in zip(numbers, edges, edges[1:], strict=False):
+        group = groups[number]
+        try:
+            reads = group.strategy.probe(group, ids[begin:end] if end - begin < _NARROW else complete[begin:end])
+            parts = []
+            for read in reads:
+                if read.seqs is not None:
+                    children += fork_now(kv, slots, group, read)
+                parts.append(probes.add(read))
+        except Exception as error:  # noqa: BLE001 - a strategy's bug ends its own request only
+            broken.append((group, error))
+            continue
+        seqs = reads[0].at if reads[0].seqs is None else reads[0].seqs
+        read_for.add(seqs)
+        segments.append((group, seqs, parts))
+    return Asked(segments, read_for.array(), ints(children), broken)
