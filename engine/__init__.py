@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pagefork.scheduler.errors import InvalidRequestError as InvalidRequestError
     from pagefork.scheduler.errors import KVExhaustedError as KVExhaustedError
     from pagefork.scheduler.errors import ModelError as ModelError
+    from pagefork.scheduler.errors import NoTokenError as NoTokenError
     from pagefork.scheduler.errors import NumericError as NumericError
     from pagefork.scheduler.errors import PageforkError as PageforkError
     from pagefork.scheduler.errors import ParameterError as ParameterError
@@ -47,6 +48,7 @@ _NAMES_OF = {
         "InvalidRequestError",
         "KVExhaustedError",
         "ModelError",
+        "NoTokenError",
         "NumericError",
         "PageforkError",
         "ParameterError",

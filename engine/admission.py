@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,10 @@ class Admission:
         self._check_ids(params)
         model_end = frozenset() if params.ignore_eos else self._model_ends
         end_ids = model_end | frozenset(params.stop_token_ids)
+        if params.min_tokens and params.allowed_token_ids and end_ids.issuperset(params.allowed_token_ids):
+            raise ParameterError(
+                f"min_tokens={params.min_tokens} bans end tokens, and allowed_token_ids has no other: {params.allowed_token_ids}"
+            )
         return Request(
             id=request_id,
             prompt=np.array(ids, np.int32),
@@ -80,10 +85,11 @@ class Admission:
             if not ids and self._first_token is None:
                 raise InvalidRequestError("the prompt is empty, and the model has no token to start from")
             return ids or [self._first_token or 0]
-        try:
-            ids = [int(token) for token in prompt if not isinstance(token, str | bool | float) or _refuse(token)]
-        except TypeError:
-            raise InvalidRequestError(f"a prompt is a text or a list of token ids, got {type(prompt).__name__}") from None
+        if hasattr(prompt, "tolist"):  # an array
+            prompt = prompt.tolist()
+        if isinstance(prompt, bytes | bytearray | Mapping | Set) or not isinstance(prompt, Iterable):
+            raise InvalidRequestError(f"a prompt is a text or a list of token ids, got {type(prompt).__name__}")
+        ids = [_token_id(token) for token in prompt]
         if not ids:
             raise InvalidRequestError('the prompt is an empty list of token ids; pass "" to start from the model\'s first token')
         self._check_range("the prompt", ids)
@@ -153,8 +159,13 @@ class Admission:
         return tuple(dict.fromkeys(tuple(ids) for ids in forms if ids))
 
 
-def _refuse(token: object) -> bool:
-    raise InvalidRequestError(f"the prompt holds {token!r}; a list prompt holds token ids (integers)")
+def _token_id(token: Any) -> int:
+    try:
+        if isinstance(token, bool):
+            raise TypeError
+        return operator.index(token)
+    except TypeError:
+        raise InvalidRequestError(f"the prompt holds {token!r}; a list prompt holds token ids (integers)") from None
 
 
 def _mix(seed: int, request_id: str) -> int:

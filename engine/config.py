@@ -10,13 +10,17 @@ from pagefork.scheduler.checking import Checked
 from pagefork.scheduler.errors import ConfigError, PageforkError
 
 FOREIGN_NAMES = {
-    "gpu_memory_utilization": "kv_cache_memory (bytes) or num_blocks",
-    "tensor_parallel_size": "nothing yet: one device",
-    "trust_remote_code": "nothing: remote code is never run",
-    "num_gpu_blocks_override": "num_blocks",
-    "max_batch_size": "max_num_seqs",
-    "torch_dtype": "dtype",
-    "kv_cache_memory_bytes": "kv_cache_memory",
+    name: f"here it is called {ours}"
+    for name, ours in {
+        "gpu_memory_utilization": "kv_cache_memory (bytes) or num_blocks",
+        "num_gpu_blocks_override": "num_blocks",
+        "max_batch_size": "max_num_seqs",
+        "torch_dtype": "dtype",
+        "kv_cache_memory_bytes": "kv_cache_memory",
+    }.items()
+} | {
+    "tensor_parallel_size": "a model runs on one device",
+    "trust_remote_code": "remote code is never run",
 }
 
 

@@ -134,10 +134,14 @@ class LLMEngine:
         try:
             self._runner.submit(plan)
             result = self._runner.collect()
-        except Exception as error:
+        except BaseException as error:
             logger.exception("step %d failed", plan.step)
             self._runner.reset()
-            return updates + self._scheduler.abandon(error)
+            updates += self._scheduler.abandon(error)
+            if isinstance(error, Exception):
+                return updates
+            self._undelivered += map(self._process, updates)  # an exit or interrupt goes on; the engine stays usable
+            raise
         return updates + self._scheduler.apply(result)
 
     def _process(self, update: Update) -> RequestOutput:

@@ -24,8 +24,8 @@ class LogitsProcessors:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._registered: dict[int, tuple[int, Sequence[LogitsProcessor]]] = {}
-        self._rows: dict[tuple[int, int], Tensor] = {}
-        self.failures: dict[tuple[int, int], str] = {}  # of this step, by slot and position
+        self._rows: dict[tuple[int, int], Tensor] = {}  # of this step, by slot and position; none inside a prompt
+        self._failed: dict[int, str] = {}  # of this step, by number
 
     def register(self, number: int, prompt_len: int, processors: Sequence[LogitsProcessor]) -> None:
         """From now on `number` in a Spec stands for these processors."""
@@ -35,36 +35,48 @@ class LogitsProcessors:
         """The request is over."""
         self._registered.pop(number, None)
 
-    def begin_step(self) -> None:
-        """Forget the rows of the last step."""
+    def end_step(self) -> None:
+        """Forget what was found in this step."""
         self._rows.clear()
-        self.failures.clear()
+        self._failed.clear()
+
+    def failure(self, number: int) -> str | None:
+        """Why the processors of a request failed in this step, if they did."""
+        return self._failed.get(number)
 
     def apply(self, out: Tensor, number: NDArray[Any], slot: NDArray[Any], position: NDArray[Any], tokens: Tensor) -> None:
         """Process rows of logits fp32 [P, W] in place. tokens [P, L]: those of row p up to position[p] are its context.
 
-        A row whose processor raises or returns something else than logits becomes NaN, and `failures` says why.
+        Where a processor raises or returns something else than logits, all rows of its request become NaN, and
+        `failure` says why.
         """
         for row in number.nonzero()[0].tolist():
-            key = int(slot[row]), int(position[row])
-            if key not in self._rows:
-                context = tokens[row, : key[1] + 1].tolist()
-                logits = out[row, : self._vocab_size].clone()
-                try:
-                    self._rows[key] = self._call(int(number[row]), context, logits)
-                except Exception as error:  # the user's code; only this request fails
-                    logger.exception("a logits processor failed")
-                    self.failures[key] = f"{type(error).__name__}: {error}"
-                    self._rows[key] = torch.full_like(logits, torch.nan)
-            out[row, : self._vocab_size] = self._rows[key]
+            own, key = int(number[row]), (int(slot[row]), int(position[row]))
+            target = out[row, : self._vocab_size]
+            if own not in self._failed and key not in self._rows:
+                self._process(own, key, tokens[row, : key[1] + 1].tolist(), target)
+            elif key in self._rows:
+                target.copy_(self._rows[key])
+            if own in self._failed:
+                target.fill_(torch.nan)
 
-    def _call(self, number: int, context: list[int], logits: Tensor) -> Tensor:
+    def _process(self, number: int, key: tuple[int, int], context: list[int], target: Tensor) -> None:
         prompt_len, processors = self._registered[number]
         prompt, output = context[:prompt_len], context[prompt_len:]
-        for processor in processors:
-            given = processor(prompt, output, logits)
-            if not isinstance(given, Tensor) or given.shape != (self._vocab_size,) or not given.is_floating_point():
-                shown = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
-                raise TypeError(f"it returned {shown}; a logits processor returns logits [{self._vocab_size}]")
-            logits = given
-        return logits.to(torch.float32)
+        logits = target.clone()
+        try:
+            for processor in processors:
+                logits = self._checked(processor(prompt, output, logits))
+            target.copy_(logits)
+        except Exception as error:  # the user's code; only its request fails
+            logger.exception("a logits processor failed")
+            self._failed[number] = f"{type(error).__name__}: {error}"
+        else:
+            if len(context) >= prompt_len:  # a place inside the prompt is read once
+                self._rows[key] = target.clone()
+
+    def _checked(self, given: Any) -> Tensor:
+        if not isinstance(given, Tensor) or given.shape != (self._vocab_size,) or not given.is_floating_point():
+            shown = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+            raise TypeError(f"it returned {shown}; a logits processor returns logits [{self._vocab_size}]")
+        return given

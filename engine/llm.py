@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from numbers import Integral
 from typing import Any
 
 from tqdm import tqdm
@@ -157,15 +158,14 @@ def _listed(prompts: Any) -> list[Prompt]:
     """A list of prompts, whichever of the accepted forms was given."""
     if isinstance(prompts, str):
         return [prompts]
-    try:
-        listed = list(prompts)
-    except TypeError:
-        raise InvalidRequestError(
-            f"prompts must be a text, token ids or a list of either, got {type(prompts).__name__}"
-        ) from None
+    if hasattr(prompts, "tolist"):  # an array
+        prompts = prompts.tolist()
+    if isinstance(prompts, bytes | bytearray | Mapping | Set) or not isinstance(prompts, Iterable):
+        raise InvalidRequestError(f"prompts must be a text, token ids or a list of either, got {type(prompts).__name__}")
+    listed = list(prompts)
     if not listed:
         raise InvalidRequestError("prompts is empty; give a text, token ids or a list of either")
-    if all(isinstance(item, int) and not isinstance(item, bool) for item in listed):
+    if all(isinstance(item, Integral) and not isinstance(item, bool) for item in listed):
         return [listed]
     return listed
 

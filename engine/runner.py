@@ -46,6 +46,7 @@ class ModelRunner:
         self._sampler.feed(plan.rows, tokens)
         hidden = self._model.forward(batch, self._cache)
         self._results.append(Result(plan.step, self._read(plan, hidden)))
+        self._sampler.end_step()
 
     def collect(self) -> Result:
         """The result of the oldest plan that was not collected yet."""
@@ -54,6 +55,7 @@ class ModelRunner:
     def reset(self) -> None:
         """Forget results of a step that failed."""
         self._results.clear()
+        self._sampler.end_step()
 
     def _resolve(self, rows: Rows) -> Tensor:
         tokens = torch.from_numpy(rows.tokens.astype(np.int64)).to(self._cache.device)

@@ -54,7 +54,8 @@ class Sampler:
         self._vocab_size, self._device = vocab_size, device
         self._scratch = Scratch()
         self._seen: _Seen | None = None
-        self._readers: dict[Kind, Callable[[Tensor, Probe, Tensor, NDArray[Any]], Reads]] = {
+        # Reads, and which entries are bad though the model's logits are good.
+        self._readers: dict[Kind, Callable[[Tensor, Probe, Tensor, NDArray[Any]], tuple[Reads, Tensor]]] = {
             Kind.SAMPLE: self._sample,
             Kind.TOPN: self._top,
             Kind.TARGET: self._target,
@@ -72,7 +73,6 @@ class Sampler:
     def feed(self, rows: Rows, tokens: Tensor) -> None:
         """Takes the tokens, int64 [T], that this step feeds; before its logits are read."""
         self._seen = None
-        self.processors.begin_step()
         self._state.feed(rows, tokens)
 
     @torch.no_grad()
@@ -88,13 +88,24 @@ class Sampler:
             raise ValueError(f"logits must be of shape [rows, {self._vocab_size}], not {list(logits.shape)}")
         if probe.similarity is not None or probe.mask is not None:
             raise ValueError(f"{probe.kind.name} reads no similarity; leave `similarity` and `mask` of the probe None")
-        reads = self._readers[probe.kind](logits, probe, index, position)
-        if self.processors.failures and reads.bad.any():
-            places = enumerate(zip(probe.slot.tolist(), position.tolist(), strict=True))
-            reads.why = {i: f"a logits processor failed: {why}" for i, at in places if (why := self.processors.failures.get(at))}
+        reads, emptied = self._readers[probe.kind](logits, probe, index, position)
+        if reads.bad.any():
+            reads.why = {i: self._why(int(probe.slot[i])) for i in emptied.cpu().nonzero()[:, 0].tolist()}
         return reads
 
-    def _sample(self, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> Reads:
+    def end_step(self) -> None:
+        """All probes of the step are read."""
+        self._seen = None
+        self.processors.end_step()
+
+    def _why(self, slot: int) -> str:
+        """What left nothing of a row of good logits."""
+        failure = self.processors.failure(int(self._state.fields["processors"][slot]))
+        if failure is not None:
+            return f"a logits processor failed: {failure}"
+        return "its bans, logit_bias, penalties or logits processors left no token to draw"
+
+    def _sample(self, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> tuple[Reads, Tensor]:
         fields = self._state.fields[probe.slot]
         greedy, ranked = fields["temperature"] < GREEDY, fields["rank"]
         shaped = ~greedy | fields["processed"]  # rows whose processed distribution matters
@@ -110,16 +121,17 @@ class Sampler:
             token.masked_fill_(bad, 0)
             logp = self._log_probs(part, model, processed, token[:, None])[:, 0].masked_fill_(bad, 0.0)
             rank = self._ranks(part, token) if ranked[cut].any() else torch.zeros_like(token)
-            found.append((token, logp, rank, bad))
+            found.append((token, logp, rank, bad, bad & ~model.bad))
             scales.append((model, processed))
-        token, logp, rank, bad = map(torch.cat, zip(*found, strict=True))
+        token, logp, rank, bad, emptied = map(torch.cat, zip(*found, strict=True))
         self.last[self._tensor(probe.slot)] = token
         if shaped.any():
             self._remember(logits, probe.slot, position, shaped, scales)
         ranks = np.where(ranked, rank.cpu().numpy(), 0).astype(np.int32)
-        return Reads(bad=bad.cpu().numpy(), token=token.int().cpu().numpy(), logp=logp.cpu().numpy(), rank=ranks)
+        reads = Reads(bad=bad.cpu().numpy(), token=token.int().cpu().numpy(), logp=logp.cpu().numpy(), rank=ranks)
+        return reads, emptied
 
-    def _top(self, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> Reads:
+    def _top(self, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> tuple[Reads, Tensor]:
         known = self._recall(logits, probe.slot, position)
         n = min(probe.n, self._vocab_size)
         found: list[tuple[Tensor, ...]] = []
@@ -131,16 +143,17 @@ class Sampler:
                 model, processed = (scale.pick(cut) for scale in known)
             ids = best_ids(self._ordered(part, processed), n)
             chance = processed.log_probs(part.adjusted.gather(-1, ids)).exp_()
-            found.append((ids, self._log_probs(part, model, processed, ids), chance, model.bad | processed.bad))
-        ids, logp, chance, bad = map(torch.cat, zip(*found, strict=True))
-        return Reads(
-            bad=bad.cpu().numpy(),
+            found.append((ids, self._log_probs(part, model, processed, ids), chance, model.bad, processed.bad))
+        ids, logp, chance, broken, bad = map(torch.cat, zip(*found, strict=True))
+        reads = Reads(
+            bad=(broken | bad).cpu().numpy(),
             top_id=padded(ids, probe.n, -1).int().cpu().numpy(),
             top_logp=padded(logp, probe.n, -torch.inf).cpu().numpy(),
             top_p=padded(chance, probe.n, 0.0).cpu().numpy(),
         )
+        return reads, bad & ~broken
 
-    def _target(self, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> Reads:
+    def _target(self, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> tuple[Reads, Tensor]:
         """Log-prob and rank of given tokens, and the most probable ones at their places."""
         assert probe.target is not None
         target, wanted = self._tensor(probe.target).long(), self._state.fields["processed"][probe.slot]
@@ -152,15 +165,16 @@ class Sampler:
             bad = torch.where(self._tensor(wanted[cut]), processed.bad, model.bad)
             ids = torch.cat((target[cut, None], best_ids(self._ordered(part, processed), n)), -1)
             logp = self._log_probs(part, model, processed, ids)
-            found.append((bad, self._ranks(part, target[cut]), ids, logp))
-        bad, rank, ids, logp = map(torch.cat, zip(*found, strict=True))
-        return Reads(
+            found.append((bad, bad & ~model.bad, self._ranks(part, target[cut]), ids, logp))
+        bad, emptied, rank, ids, logp = map(torch.cat, zip(*found, strict=True))
+        reads = Reads(
             bad=bad.cpu().numpy(),
             logp=logp[:, 0].cpu().numpy(),
             rank=rank.int().cpu().numpy(),
             top_id=padded(ids[:, 1:], probe.n, -1).int().cpu().numpy(),
             top_logp=padded(logp[:, 1:], probe.n, -torch.inf).cpu().numpy(),
         )
+        return reads, emptied
 
     def _parts(
         self, logits: Tensor, slot: Ints, index: Tensor, position: NDArray[Any], adjusting: Bools | None = None

@@ -85,7 +85,7 @@ class Tokenizer:
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (UnicodeEncodeError, TypeError):
-            raise InvalidRequestError("the prompt is not valid Unicode text: it holds a lone surrogate") from None
+            raise InvalidRequestError(f"{text[:40]!r} is not valid Unicode text: it holds a lone surrogate") from None
         return ids
 
     def encode_plain(self, text: str) -> list[int]:

@@ -18,6 +18,7 @@ def ban_repeated_ngrams(logits: Tensor, tokens: Tensor, length: Tensor, size: Pe
     check_logits(logits)
     check_history(logits, tokens, length)
     n = per_row("n-gram size", size, logits, torch.int64, Range(0))
+    n = torch.where(n > length, 0, n)  # longer than the history: nothing to repeat
     out = fp32(logits, out)
     width = tokens.shape[1]
     column = torch.arange(width, device=logits.device)

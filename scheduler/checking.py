@@ -12,17 +12,16 @@ from .errors import PageforkError
 
 
 class CheckedMeta(msgspec.StructMeta):
-    """Refuses unknown field names on construction. Classes name their `error` and the `foreign` names people try."""
+    """Refuses unknown field names on construction.
+
+    Classes name their `error`, and what to say of `foreign` names that people try.
+    """
 
     def __call__(cls, *args: Any, **fields: Any) -> Any:
         owner: Any = cls
         for name in fields:
             if name not in owner.__struct_fields__:
-                known = (
-                    f"here it is called {owner.foreign[name]}"
-                    if name in owner.foreign
-                    else f"it has {', '.join(owner.__struct_fields__)}"
-                )
+                known = owner.foreign.get(name) or f"it has {', '.join(owner.__struct_fields__)}"
                 raise owner.error(f"{owner.__name__} has no {owner.noun} {name!r}; {known}")
         try:
             return super().__call__(*args, **fields)

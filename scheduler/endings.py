@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .errors import InvalidRequestError, KVExhaustedError, NumericError, PageforkError, StepFailedError
+from .errors import InvalidRequestError, KVExhaustedError, NoTokenError, NumericError, PageforkError, StepFailedError
 from .group import Group
 
 
@@ -21,9 +21,9 @@ def step_failed(group: Group, error: BaseException) -> PageforkError:
 
 
 def unusable(group: Group, why: str | None) -> PageforkError:
-    """The model gave no usable logits; `why`: what else made them so."""
+    """There were no usable logits; `why`: what made them so, where it was not the model."""
     if why is not None:
-        return StepFailedError(f"request {group.request.id!r}: {why}")
+        return NoTokenError(f"request {group.request.id!r}: {why}")
     return NumericError(f"the model returned NaN, or nothing but -inf, for a row of request {group.request.id!r}")
 
 

@@ -34,6 +34,10 @@ class NumericError(PageforkError):
     """The model returned NaN, or nothing but -inf, for a row of this request."""
 
 
+class NoTokenError(PageforkError):
+    """A request's own bans, bias, penalties or logits processors left no token to draw, or a processor of its failed."""
+
+
 class StepFailedError(PageforkError):
     """The step that computed this request raised; the cause is attached."""
 

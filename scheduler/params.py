@@ -15,24 +15,30 @@ from msgspec import Meta
 from .checking import Checked, fits_float32
 from .errors import PageforkError, ParameterError
 
-# What people type who come from another engine, and what it is called here.
+# What people type who come from another engine, and what becomes of it here.
 FOREIGN_NAMES = {
-    "max_new_tokens": "max_tokens",
-    "max_length": "max_tokens",
-    "min_new_tokens": "min_tokens",
-    "num_return_sequences": "n",
-    "num_beams": "BeamSearchParams(beam_width=...)",
-    "do_sample": "temperature (0 is greedy)",
-    "penalty_alpha": "ContrastiveSearchParams(alpha=...)",
-    "eos_token_id": "stop_token_ids",
-    "stop_strings": "stop",
-    "bad_words_ids": "bad_words",
-    "typical_p": "top_p or min_p",
-    "use_beam_search": "BeamSearchParams(beam_width=...)",
-    "length_penalty": "BeamSearchParams(length_penalty=...)",
-    "early_stopping": "BeamSearchParams(early_stopping=...)",
+    name: f"here it is called {ours}"
+    for name, ours in {
+        "max_new_tokens": "max_tokens",
+        "max_length": "max_tokens",
+        "min_new_tokens": "min_tokens",
+        "num_return_sequences": "n",
+        "do_sample": "temperature (0 is greedy)",
+        "eos_token_id": "stop_token_ids",
+        "stop_strings": "stop",
+        "bad_words_ids": "bad_words",
+        "typical_p": "top_p or min_p",
+    }.items()
+} | {
+    name: f"{strategy} search is not supported"
+    for name, strategy in {
+        "num_beams": "beam",
+        "use_beam_search": "beam",
+        "length_penalty": "beam",
+        "early_stopping": "beam",
+        "penalty_alpha": "contrastive",
+    }.items()
 }
-
 
 # Called with the prompt's token ids, the output's token ids so far, and the logits, a float32 torch tensor [vocabulary];
 # returns logits of that shape.
@@ -66,7 +72,7 @@ class CommonParams(Checked, frozen=True, kw_only=True):
     ] = 1.0
     frequency_penalty: Annotated[Penalty, Meta(description="Subtracted once per occurrence in the output")] = 0.0
     presence_penalty: Annotated[Penalty, Meta(description="Subtracted from every token that occurs in the output")] = 0.0
-    no_repeat_ngram_size: Annotated[int, Meta(ge=0, description="No n-gram of this size occurs twice; 0: off")] = 0
+    no_repeat_ngram_size: Annotated[int, Meta(ge=0, lt=2**31, description="No n-gram of this size occurs twice; 0: off")] = 0
     logit_bias: Annotated[dict[TokenId, float], Meta(description="Added to the logits of these token ids")] | None = None
     bad_words: Annotated[list[StopString], Meta(description="Texts whose token sequences are never completed")] = []
     allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, description="Every other token is banned")] | None = None
@@ -85,6 +91,10 @@ class CommonParams(Checked, frozen=True, kw_only=True):
         if isinstance(stop, str):
             msgspec.structs.force_setattr(self, "stop", [stop])
         self.check_fields()
+        for name in self.__struct_fields__:  # what was checked stays as it is, whatever the caller does with his lists
+            value = getattr(self, name)
+            if isinstance(value, list | dict) and value:
+                msgspec.structs.force_setattr(self, name, value.copy())
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ParameterError(f"min_tokens={self.min_tokens} is larger than max_tokens={self.max_tokens}")
         for token, bias in (self.logit_bias or {}).items():
@@ -119,7 +129,7 @@ class SamplingParams(CommonParams, frozen=True, kw_only=True, tag="sampling"):
     best_of: Annotated[int, Meta(ge=1, description="Generate this many, return the n best")] | None = None
     rank_by: Callable[[Any], float] | None = None
     temperature: Annotated[float, Meta(ge=0, description="0: greedy; below 1 sharper, above 1 flatter")] = 1.0
-    top_k: Annotated[int, Meta(ge=-1, description="Keep the k most probable tokens; 0 or -1: off")] = 0
+    top_k: Annotated[int, Meta(ge=-1, lt=2**31, description="Keep the k most probable tokens; 0 or -1: off")] = 0
     top_p: Annotated[Probability, Meta(description="Keep the smallest set of tokens with this mass")] = 1.0
     min_p: Annotated[float, Meta(ge=0, le=1, description="Keep tokens at least this fraction as probable as the best")] = 0.0
     seed: (

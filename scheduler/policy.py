@@ -26,8 +26,11 @@ class WaitingQueue:
         self._size += 1
 
     def discard(self) -> None:
-        """A waiting group ended; its entry is skipped when it comes up."""
+        """A waiting group has ended. Its entry is skipped when it comes up, unless such entries are the most: then they go."""
         self._size -= 1
+        if len(self._heap) > 2 * self._size + LOOK_AHEAD:
+            self._heap = [entry for entry in self._heap if entry[2].state is State.WAITING]
+            heapq.heapify(self._heap)
 
     def admit(self, fits: Callable[[Group], bool | None]) -> list[Group]:
         """Take out the groups that fit, in order, passing a few that don't, each a limited number of times.

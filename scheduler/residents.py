@@ -206,7 +206,8 @@ class Residents:
 
     def remove(self, group: Group) -> None:
         """Give back everything a group holds; it is over."""
-        if group.state is State.RUNNING:
+        state, group.state = group.state, State.ENDED
+        if state is State.RUNNING:
             del self.running[group.number]
             self._widths -= group.width
         else:
@@ -217,7 +218,6 @@ class Residents:
         self.kv.drop_prefix(group)
         self.kv.drop(seqs)
         group.live = 0
-        group.state = State.ENDED
 
     def check(self) -> None:
         """Raise BlockAccountingError when references, free blocks or slots contradict the live sequences."""

@@ -191,8 +191,7 @@ class Scheduler:
                 update = Update(group.request.id)
                 touched[group.number] = group, update
             if reading.any_bad and reading.bad(parts):
-                update.error = endings.unusable(group, reading.why(parts))
-                self.kv.unpublish(group)
+                self._unusable(group, update, reading.why(parts))
                 continue
             keep = None
             if not all_valid and not valid[begin:position].all():
@@ -217,10 +216,15 @@ class Scheduler:
         update = Update(group.request.id)
         touched[group.number] = group, update
         if reads.bad[part.first : part.last].any():
-            update.error = endings.unusable(group, first_why(reads, part.first, part.last))
-            self.kv.unpublish(group)
+            self._unusable(group, update, first_why(reads, part.first, part.last))
         else:
             update.scores.append(scored(part, reads))
+
+    def _unusable(self, group: Group, update: Update, why: str | None) -> None:
+        """End a group that got no usable logits. Where that is the model's fault its blocks can't be trusted either."""
+        update.error = endings.unusable(group, why)
+        if why is None:
+            self.kv.unpublish(group)
 
     def _edit(self, group: Group, update: Update, read: Ids, decide: Callable[..., list[Edit]], *args: Any) -> None:
         try:

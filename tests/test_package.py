@@ -26,8 +26,9 @@ FOLDERS = {"engine": "pagefork", "kernels": "pagefork/kernels", "scheduler": "pa
 PUBLIC = {
     *("LLM", "LLMEngine", "AsyncLLMEngine", "EngineConfig", "SamplingParams"),
     *("RequestOutput", "CompletionOutput", "Logprob", "RequestMetrics", "EngineStats"),
-    *("PageforkError", "InvalidRequestError", "ParameterError", "ConfigError", "ModelError", "KVExhaustedError", "NumericError"),
-    *("StepFailedError", "EngineDeadError", "EngineMisuseError", "BlockAccountingError"),
+    *("PageforkError", "InvalidRequestError", "ParameterError", "ConfigError", "ModelError"),
+    *("KVExhaustedError", "NoTokenError", "NumericError", "StepFailedError", "EngineDeadError", "EngineMisuseError"),
+    "BlockAccountingError",
     "__version__",
 }
 

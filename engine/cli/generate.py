@@ -39,6 +39,8 @@ def generate(
     """
     texts = _read_prompts(prompts or [], file, lines=lines)
     sampling = sampling_params(preset, params)
+    if not json and (sampling.logprobs is not None or sampling.prompt_logprobs is not None):
+        raise InvalidRequestError("log-probs are printed by --json only: add it, or leave --logprobs and --prompt-logprobs out")
     config = EngineConfig(**{**DEFAULT_ENGINE, **engine})
     view = choose_view(texts, sampling.n, json=json)
     from pagefork.core import LLMEngine

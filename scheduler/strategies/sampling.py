@@ -164,7 +164,7 @@ class Sampling(Base):
         assert output.ended is not None
         rules = group.request.rules
         text = rules.text(output.tokens) if rules is not None else ""
-        score = float(self._params.rank_by(Candidate(output.tokens, output.logps, total, output.ended[0], text)))
+        score = float(self._params.rank_by(Candidate(output.tokens.copy(), output.logps.copy(), total, output.ended[0], text)))
         if math.isnan(score):
             raise ValueError("rank_by returned NaN; it must return a number")
         return score

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pagefork import LLM, ParameterError, RequestOutput, SamplingParams, StepFailedError
+from pagefork import LLM, NoTokenError, ParameterError, RequestOutput, SamplingParams
 
 PROMPT = [5, 9, 200, 7]
 VOCAB = 4096
@@ -114,16 +114,79 @@ def test_preempted_sequences_are_not_processed_twice(llm: LLM) -> None:
         (lambda prompt, output, logits: logits[:-1], "returned torch.float32 \\[4095\\]"),
         (lambda prompt, output, logits: logits.long(), "returned torch.int64"),
         (lambda prompt, logits: logits, "TypeError"),
+        (lambda prompt, output, logits: logits.to_sparse(), "a logits processor failed"),
+        (lambda prompt, output, logits: torch.empty_like(logits, device="meta"), "a logits processor failed"),
+        (lambda prompt, output, logits: logits.resize_(0), "returned torch.float32 \\[0\\]"),
+        (lambda prompt, output, logits: logits.fill_(-torch.inf), "left no token to draw"),
+        (lambda prompt, output, logits: logits.fill_(torch.nan), "left no token to draw"),
     ],
 )
 def test_a_processor_that_fails_ends_its_request_with_the_reason_and_no_other(llm: LLM, bad: Any, message: str) -> None:
     plain = SamplingParams(max_tokens=4, temperature=0)
     [alone] = run(llm, plain)
     failed, beside = run(llm, plain.replace(logits_processors=[bad]), plain)
-    with pytest.raises(StepFailedError, match=message):
+    with pytest.raises(NoTokenError, match=message):
         raise failed.error or AssertionError
     assert failed.outputs[0].finish_reason == "error"
     assert beside.outputs == alone.outputs
+
+
+def test_a_tensor_that_a_processor_uses_again_is_read_before(llm: LLM) -> None:
+    class Reusing:
+        def __init__(self) -> None:
+            self.buffer = torch.zeros(VOCAB)
+
+        def __call__(self, prompt: list[int], output: list[int], logits: Tensor) -> Tensor:
+            return self.buffer.copy_(logits)
+
+    params = SamplingParams(n=3, max_tokens=5, seed=2, logprobs=3, logprobs_mode="processed")
+    [plain] = run(llm, params)
+    [reused] = run(llm, params.replace(logits_processors=[Reusing()]))
+    assert reused.outputs == plain.outputs
+
+
+def test_a_processor_is_called_once_per_place_of_a_scored_prompt_and_not_again_once_it_failed(llm: LLM) -> None:
+    calls = []
+
+    def failing(prompt: list[int], output: list[int], logits: Tensor) -> Tensor:
+        calls.append(len(prompt) + len(output))
+        if len(calls) == 4:
+            raise RuntimeError("enough")
+        return logits
+
+    prompt = list(range(5, 45))
+    params = SamplingParams(max_tokens=2, prompt_logprobs=0, logprobs_mode="processed", logits_processors=[failing])
+    [output] = llm.generate([prompt], params, use_tqdm=False)
+    assert isinstance(output.error, NoTokenError) and len(calls) == 4
+    assert not llm.engine._runner.processors._rows, "rows outlive their step"
+
+
+def test_what_a_request_does_to_itself_leaves_the_prefix_in_the_cache(llm: LLM) -> None:
+    prompt = list(range(5, 70))
+    plain = SamplingParams(max_tokens=2, temperature=0)
+    llm.generate([prompt], plain, use_tqdm=False)
+    hostile = [
+        plain.replace(allowed_token_ids=[500], no_repeat_ngram_size=1, max_tokens=4),
+        plain.replace(logits_processors=[lambda prompt, output, logits: 1 / 0]),
+    ]
+    for params in hostile:
+        [failed] = llm.generate([prompt], params, use_tqdm=False)
+        assert isinstance(failed.error, NoTokenError)
+    [after] = llm.generate([prompt], plain, use_tqdm=False)
+    assert after.metrics.cached_tokens == 64
+
+
+def test_an_exit_inside_a_processor_goes_through_and_leaves_the_engine_usable(llm: LLM) -> None:
+    plain = SamplingParams(max_tokens=3, temperature=0)
+    [alone] = run(llm, plain)
+
+    def leave(prompt: list[int], output: list[int], logits: Tensor) -> Tensor:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        run(llm, plain.replace(logits_processors=[leave]), plain)
+    [after] = run(llm, plain)
+    assert after.outputs == alone.outputs
 
 
 @pytest.mark.parametrize("value", [0, [1], ["x"], lambda: 0])

@@ -9,7 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from support.checkpoints import make_checkpoint
 from support.tokenizers import backend, save
 
@@ -43,7 +45,7 @@ def test_outputs_come_in_the_order_of_the_prompts_whatever_their_lengths(demo: L
 def test_a_text_token_ids_and_lists_of_either_are_the_same_prompt(demo: LLM) -> None:
     assert demo.engine.tokenizer is not None
     ids = demo.engine.tokenizer.encode(PROMPTS[0])
-    forms: list[Any] = [PROMPTS[0], [PROMPTS[0]], ids, [ids], tuple(ids)]
+    forms: list[Any] = [PROMPTS[0], [PROMPTS[0]], ids, [ids], tuple(ids), np.array(ids), [np.array(ids)], torch.tensor(ids)]
     texts = {run(demo, form)[0].outputs[0].text for form in forms}
     assert len(texts) == 1
     assert run(demo, ids)[0].prompt is None
@@ -179,6 +181,15 @@ BAD: list[tuple[Any, Any, str]] = [
     ([[]], GREEDY, "empty list of token ids"),
     (3, GREEDY, "prompts must be a text, token ids or a list of either, got int"),
     ([3.5], GREEDY, "a prompt is a text or a list of token ids, got float"),
+    ({"prompt": "def"}, GREEDY, "prompts must be a text, token ids or a list of either, got dict"),
+    (b"abc", GREEDY, "or a list of either, got bytes"),
+    ([b"abc"], GREEDY, "a text or a list of token ids, got bytes"),
+    ([{1, 2}], GREEDY, "a text or a list of token ids, got set"),
+    ([np.array([1.7])], GREEDY, "the prompt holds 1.7"),
+    ([[np.float32(1)]], GREEDY, "a list prompt holds token ids"),
+    ([[True]], GREEDY, "the prompt holds True"),
+    ("a", GREEDY.replace(bad_words=["\ud800"]), r"'\\ud800' is not valid Unicode"),
+    ("a", GREEDY.replace(allowed_token_ids=[0], min_tokens=1), "allowed_token_ids has no other"),
     ([["a"]], GREEDY, "the prompt holds 'a'"),
     ([[4096]], GREEDY, "token id 4096; the model's ids go from 0 to 4095"),
     ([[-1]], GREEDY, "token id -1"),
@@ -225,10 +236,8 @@ def test_one_bad_prompt_refuses_the_call_and_leaves_the_engine_as_it_was(demo: L
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
-    if settings.get("device") == "cuda":
-        torch = pytest.importorskip("torch")
-        if torch.cuda.is_available():
-            pytest.skip("there is a CUDA device")
+    if settings.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
     with pytest.raises(ConfigError, match=message):
         LLM("demo", **settings)
 

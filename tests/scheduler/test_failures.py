@@ -154,3 +154,14 @@ def _request(harness: Harness, tokens: list[int], params: CommonParams) -> Any:
     from pagefork.scheduler.request import Request
 
     return Request("0", np.array(tokens, np.int32), params, Spec(prompt_len=len(tokens)), len(tokens) + 16)
+
+
+def test_aborted_requests_leave_the_queue() -> None:
+    harness = Harness(40, 4, 4, 24)
+    harness.add(prompt(9), SamplingParams(n=4, max_tokens=30))
+    harness.step()
+    for name in [harness.add(prompt(9), SamplingParams(n=4, max_tokens=3)) for _ in range(200)]:
+        harness.abort(name)
+    assert len(harness.scheduler.residents.waiting._heap) < 20
+    harness.run()
+    harness.assert_expected()

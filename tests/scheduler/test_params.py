@@ -42,8 +42,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rank_by": len}, "rank_by ranks the candidates of best_of"),
     ({"rank_by": 3, "best_of": 2}, "rank_by=3 is refused: it is not callable"),
     ({"seed": -1}, "seed=-1"),
+    ({"top_k": 2**63}, "top_k=9223372036854775808 is refused"),
+    ({"no_repeat_ngram_size": 2**31}, "no_repeat_ngram_size=2147483648 is refused"),
     ({"logprobs_mode": "cooked"}, "logprobs_mode='cooked' is refused: it is one of 'raw', 'processed'"),
-    ({"num_beams": 4}, r"no parameter 'num_beams'; here it is called BeamSearchParams"),
+    ({"num_beams": 4}, r"no parameter 'num_beams'; beam search is not supported"),
     ({"max_new_tokens": 4}, "no parameter 'max_new_tokens'; here it is called max_tokens"),
     ({"num_return_sequences": 4}, "here it is called n"),
     ({"tempreature": 1}, "no parameter 'tempreature'; it has max_tokens"),
@@ -90,3 +92,11 @@ def test_one_stop_text_may_be_given_bare() -> None:
 def test_positional_values_are_refused() -> None:
     with pytest.raises(ParameterError, match="name every parameter"):
         SamplingParams(0.5)  # type: ignore[misc]
+
+
+def test_lists_that_were_checked_do_not_change_with_the_callers() -> None:
+    stop, bias = ["a"], {1: 2.0}
+    params = SamplingParams(stop=stop, logit_bias=bias)
+    stop.append("b")
+    bias[2] = math.nan
+    assert (params.stop, params.logit_bias) == (["a"], {1: 2.0})
