@@ -32,7 +32,7 @@ class Admission:
         self._first_token = first_token
         # Where neither config.json nor generation_config.json names one, what the tokenizer calls the end is.
         ends = config.eos_token_ids or ((tokenizer.eos_token_id,) if tokenizer else ())
-        self._model_ends = frozenset(token for token in ends if token is not None and token < config.vocab_size)
+        self._model_ends = frozenset(token for token in ends if token is not None and 0 <= token < config.vocab_size)
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._seed = seed
@@ -42,6 +42,8 @@ class Admission:
         """A request for the scheduler. Raises InvalidRequestError (a ValueError)."""
         if not isinstance(request_id, str) or not request_id:
             raise InvalidRequestError(f"request_id={request_id!r} must be a text that is not empty")
+        if not _is_unicode(request_id):
+            raise InvalidRequestError(f"request_id={request_id!r} is not valid Unicode text: it holds a lone surrogate")
         if not isinstance(priority, int):
             raise InvalidRequestError(f"priority={priority!r} must be an integer; lower runs earlier")
         if not isinstance(params, CommonParams):
@@ -81,10 +83,11 @@ class Admission:
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise InvalidRequestError("the checkpoint has no tokenizer: pass the prompt as a list of token ids")
-            ids = self._tokenizer.encode(prompt)
-            if not ids and self._first_token is None:
+            ids = self._tokenizer.encode(prompt) or ([] if self._first_token is None else [self._first_token])
+            if not ids:
                 raise InvalidRequestError("the prompt is empty, and the model has no token to start from")
-            return ids or [self._first_token or 0]
+            self._check_range("the prompt", ids)  # a tokenizer may know tokens that the model has no embedding for
+            return ids
         if hasattr(prompt, "tolist"):  # an array
             prompt = prompt.tolist()
         if isinstance(prompt, bytes | bytearray | Mapping | Set) or not isinstance(prompt, Iterable):
@@ -157,6 +160,14 @@ class Admission:
         for ids in forms:
             self._check_range("bad_words", ids)
         return tuple(dict.fromkeys(tuple(ids) for ids in forms if ids))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _token_id(token: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from enum import Enum
 from typing import Any, Self, TypeVar
@@ -107,6 +107,11 @@ class AsyncLLMEngine:
         if self._state is _State.NEW:
             self._state = _State.DEAD
         elif self._state is not _State.DEAD:
+            if self._loop.is_closed():  # nobody reads any more; whoever calls may free the model
+                self._thread.stop(0)
+                await asyncio.to_thread(self._thread.join)
+                self._state = _State.DEAD
+                return
             self._check_loop()
             self._stop(drain)
             await asyncio.shield(self._ended)
@@ -172,7 +177,7 @@ class AsyncLLMEngine:
             raise InvalidRequestError(f"request_id={request_id!r} must be a text that is not empty")
         if request_id in self._streams:
             raise InvalidRequestError(f"request id {request_id!r} is in use by a request that has not finished")
-        if isinstance(prompt, Iterable) and not isinstance(prompt, str):
+        if isinstance(prompt, list):
             prompt = tuple(prompt)  # the caller may change the list while the engine's thread has yet to read it
         stream = self._streams[request_id] = Stream(request_id)
         self._thread.add(stream, prompt, params, priority)

@@ -36,9 +36,9 @@ class Built(NamedTuple):
     @property
     def first_token(self) -> int | None:
         """What an empty prompt starts from: the beginning-of-text token, else the first end token."""
-        given = self.generation.get("bos_token_id")
-        ends = self.model.config.eos_token_ids
-        return given if isinstance(given, int) else ends[0] if ends else None
+        known = range(self.model.config.vocab_size)
+        given = (self.generation.get("bos_token_id"), *self.model.config.eos_token_ids)
+        return next((token for token in given if type(token) is int and token in known), None)
 
     def info(self, config: EngineConfig) -> dict[str, Any]:
         """Sizes in bytes, except where named otherwise."""

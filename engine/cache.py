@@ -39,8 +39,14 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = device
-        self.k = torch.empty(layers, num_blocks, heads, size, block_size, dtype=dtype, device=device)
-        self.v = torch.empty(layers, num_blocks, heads, block_size, size, dtype=dtype, device=device)
+        try:
+            self.k = torch.empty(layers, num_blocks, heads, size, block_size, dtype=dtype, device=device)
+            self.v = torch.empty(layers, num_blocks, heads, block_size, size, dtype=dtype, device=device)
+        except (RuntimeError, MemoryError) as error:
+            memory = num_blocks * block_bytes(config, block_size, dtype)
+            raise ConfigError(
+                f"a cache of {num_blocks} blocks takes {memory} bytes, more than there are: lower num_blocks or kv_cache_memory"
+            ) from error
 
     def begin(self, blocks: Tensor) -> None:
         """Clears the keys of blocks (int64) that are about to be filled in part, for whole blocks of keys are read."""

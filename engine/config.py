@@ -24,7 +24,7 @@ FOREIGN_NAMES = {
 }
 
 
-Positive = Annotated[int, Meta(ge=1)]
+Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 
 
 class EngineConfig(Checked, frozen=True, kw_only=True):
@@ -48,10 +48,10 @@ class EngineConfig(Checked, frozen=True, kw_only=True):
         | None
     ) = None
     block_size: Annotated[int, Meta(ge=1, le=256, description="Tokens per cache block")] = 16
-    num_blocks: Annotated[int, Meta(ge=2, description="Cache blocks; wins over kv_cache_memory")] | None = None
+    num_blocks: Annotated[int, Meta(ge=2, lt=2**31, description="Cache blocks; wins over kv_cache_memory")] | None = None
     kv_cache_memory: Annotated[Positive, Meta(description="Bytes for the cache; None: from free memory")] | None = None
-    max_num_seqs: Annotated[Positive, Meta(description="Sequences that run at once")] = 256
-    max_num_batched_tokens: Annotated[int, Meta(ge=2, description="Tokens computed in one step")] = 2048
+    max_num_seqs: Annotated[int, Meta(ge=1, le=1 << 20, description="Sequences that run at once")] = 256
+    max_num_batched_tokens: Annotated[int, Meta(ge=2, lt=2**31, description="Tokens computed in one step")] = 2048
     enable_prefix_caching: Annotated[
         bool, Meta(description="Keep computed blocks, so that equal beginnings are not computed again")
     ] = True
@@ -64,8 +64,12 @@ class EngineConfig(Checked, frozen=True, kw_only=True):
     ] = None
     num_threads: (
         Annotated[
-            Positive,
-            Meta(description="CPU threads, process-wide; None: all, or one for a model so small that a second would only wait"),
+            int,
+            Meta(
+                ge=1,
+                le=4096,
+                description="CPU threads, process-wide; None: all, or one for a model so small that a second would only wait",
+            ),
         ]
         | None
     ) = None

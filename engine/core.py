@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from types import FrameType
 from typing import Any
 
 from pagefork.scheduler.edits import Update
@@ -192,23 +193,16 @@ class LLMEngine:
 
 @contextmanager
 def _interrupt_deferred() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is through; only in the main thread, and only Python's own handler."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
+    """Hold Ctrl-C back until the block is through; in the main thread, where Python runs its handlers."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
-    caught = False
-
-    def remember(signum: int, frame: object) -> None:
-        nonlocal caught
-        caught = True
-
-    signal.signal(signal.SIGINT, remember)
+    caught: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda signum, frame: caught.append((signum, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, handler)
     if caught:
-        raise KeyboardInterrupt
+        handler(*caught[0])

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pagefork.scheduler.endings import described
 from pagefork.scheduler.params import LogitsProcessor
 
 logger = logging.getLogger("pagefork")
@@ -68,9 +69,11 @@ class LogitsProcessors:
             for processor in processors:
                 logits = self._checked(processor(prompt, output, logits))
             target.copy_(logits)
-        except Exception as error:  # the user's code; only its request fails
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             logger.exception("a logits processor failed")
-            self._failed[number] = f"{type(error).__name__}: {error}"
+            self._failed[number] = described(error)
         else:
             if len(context) >= prompt_len:  # a place inside the prompt is read once
                 self._rows[key] = target.clone()

@@ -6,17 +6,25 @@ from .errors import InvalidRequestError, KVExhaustedError, NoTokenError, Numeric
 from .group import Group
 
 
-def strategy_failed(group: Group, error: Exception) -> PageforkError:
+def described(error: BaseException) -> str:
+    """Type and message of an error, which may be one of a user's own whose text can't be made."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001
+        return type(error).__name__
+
+
+def strategy_failed(group: Group, error: BaseException) -> PageforkError:
     """Its strategy, or a callable of the user's that the strategy called, raised."""
     if isinstance(error, PageforkError):
         return error
     name = type(group.strategy).__name__
-    return _caused(StepFailedError(f"{name} failed for request {group.request.id!r}: {type(error).__name__}: {error}"), error)
+    return _caused(StepFailedError(f"{name} failed for request {group.request.id!r}: {described(error)}"), error)
 
 
 def step_failed(group: Group, error: BaseException) -> PageforkError:
     """The runner raised in a step that computed rows of this request."""
-    text = f"the step that computed request {group.request.id!r} failed: {type(error).__name__}: {error}"
+    text = f"the step that computed request {group.request.id!r} failed: {described(error)}"
     return _caused(StepFailedError(text), error)
 
 

@@ -103,7 +103,7 @@ class Asked(NamedTuple):
     segments: list[Segment]
     seqs: Ints
     children: Ints
-    broken: list[tuple[Group, Exception]]
+    broken: list[tuple[Group, BaseException]]
 
 
 def ask(chosen: Chosen, groups: dict[int, Group], kv: KVManager, slots: Slots, probes: ProbeTable) -> Asked:
@@ -117,7 +117,7 @@ def ask(chosen: Chosen, groups: dict[int, Group], kv: KVManager, slots: Slots, p
     segments: list[Segment] = []
     read_for = Entries()
     children: list[int] = []
-    broken: list[tuple[Group, Exception]] = []
+    broken: list[tuple[Group, BaseException]] = []
     for number, begin, end in zip(numbers, edges, edges[1:], strict=False):
         group = groups[number]
         try:
@@ -127,7 +127,7 @@ def ask(chosen: Chosen, groups: dict[int, Group], kv: KVManager, slots: Slots, p
                 if read.seqs is not None:
                     children += fork_now(kv, slots, group, read)
                 parts.append(probes.add(read))
-        except Exception as error:  # noqa: BLE001 - a strategy's bug ends its own request only
+        except BaseException as error:  # noqa: BLE001 - a strategy's bug ends its own request only
             broken.append((group, error))
             continue
         seqs = reads[0].at if reads[0].seqs is None else reads[0].seqs

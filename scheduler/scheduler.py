@@ -66,7 +66,7 @@ class Scheduler:
         self._flights: deque[Flight] = deque()
         self._unscored: dict[int, Group] = {}  # whose prompt tokens are to be scored, by number
         self._arrivals = 0
-        self._broken: list[tuple[Group, Exception]] = []  # their strategy raised while a step was planned
+        self._broken: list[tuple[Group, BaseException]] = []  # their strategy raised while a step was planned
 
     def validate(self, request: Request) -> Strategy:
         """The strategy for a request. Raises InvalidRequestError when it could never run."""
@@ -229,7 +229,7 @@ class Scheduler:
     def _edit(self, group: Group, update: Update, read: Ids, decide: Callable[..., list[Edit]], *args: Any) -> None:
         try:
             self._editor.apply(group, decide(*args), update, read)
-        except Exception as error:  # noqa: BLE001 - a strategy's bug ends its own request only
+        except BaseException as error:  # noqa: BLE001 - what a strategy calls may raise anything; it ends its own request
             self._editor.flush()
             update.error = endings.strategy_failed(group, error)
 

@@ -202,7 +202,7 @@ def test_shutdown_and_cancellation_while_loading_end_the_thread(monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("settings", "error"),
-    [({"model": "/nowhere/at/all"}, ModelError), ({"max_model_len": 10**6}, ConfigError), ({"num_blocks": 2**50}, Exception)],
+    [({"model": "/nowhere/at/all"}, ModelError), ({"max_model_len": 10**6}, ConfigError), ({"num_blocks": 2**31 - 2}, ConfigError)],
 )
 def test_an_error_of_loading_is_raised_by_start(settings: dict[str, Any], error: type[Exception]) -> None:
     async def main() -> None:
@@ -243,6 +243,21 @@ def test_an_engine_starts_once_in_one_loop() -> None:
         runner.run(refused(engine.shutdown(-1), "drain=-1"))
         runner.run(idle(engine))
         runner.run(engine.shutdown())
+
+
+def test_an_engine_that_outlives_its_loop_can_be_shut_down_from_another() -> None:
+    async def begin() -> AsyncLLMEngine:
+        engine = AsyncLLMEngine(config())
+        await engine.start()
+        await read(engine)
+        return engine
+
+    before = threading.active_count()
+    engine = asyncio.run(begin())
+    assert threading.active_count() > before
+    asyncio.run(engine.shutdown())
+    assert threading.active_count() == before and not engine.is_running
+    asyncio.run(engine.shutdown())
 
 
 def test_shutdown_and_failure_free_the_model() -> None:

@@ -82,7 +82,7 @@ def test_an_id_can_be_used_again_only_after_its_end(engine: LLMEngine) -> None:
     engine.add_request("a", "x", GREEDY)
 
 
-@pytest.mark.parametrize("request_id", ["", 3, None])
+@pytest.mark.parametrize("request_id", ["", 3, None, "x\ud800"])
 def test_ids_are_texts(engine: LLMEngine, request_id: Any) -> None:
     with pytest.raises(InvalidRequestError, match="request_id="):
         engine.add_request(request_id, "x", GREEDY)
@@ -173,6 +173,47 @@ def test_ctrl_c_inside_a_step_is_held_until_the_step_is_applied(engine: LLMEngin
     engine.check()
     assert len(engine.step()[0].outputs[0].token_ids) == 1, "what the interrupted step found is delivered by the next"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_any_handler_of_ctrl_c_waits_for_the_step(engine: LLMEngine) -> None:
+    """asyncio.run installs one of its own, and so do programs."""
+    engine.add_request("a", "x", GREEDY)
+    forward = engine._runner._model.forward
+
+    def interrupted(*args: Any) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        return forward(*args)
+
+    def own(signum: int, frame: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGINT, own)
+    try:
+        engine._runner._model.forward = interrupted  # type: ignore[method-assign]
+        with pytest.raises(TimeoutError):
+            engine.step()
+        assert signal.getsignal(signal.SIGINT) is own
+    finally:
+        signal.signal(signal.SIGINT, before)
+        engine._runner._model.forward = forward  # type: ignore[method-assign]
+    assert len(finish(engine)["a"].outputs[0].token_ids) == 10
+
+
+def test_an_interrupt_that_reaches_into_a_step_ends_its_requests_and_leaves_the_engine_usable(engine: LLMEngine) -> None:
+    engine.add_request("a", "x", GREEDY)
+    forward = engine._runner._model.forward
+
+    def interrupted(*args: Any) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    engine._runner._model.forward = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    engine._runner._model.forward = forward  # type: ignore[method-assign]
+    [output] = engine.step()
+    assert isinstance(output.error, StepFailedError)
+    engine.add_request("a", "x", GREEDY)
+    assert len(finish(engine)["a"].outputs[0].token_ids) == 10
 
 
 def test_prefix_hits_do_not_change_tokens_and_are_reported(engine: LLMEngine) -> None:

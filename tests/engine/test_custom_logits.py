@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pagefork import LLM, NoTokenError, ParameterError, RequestOutput, SamplingParams
+from pagefork import LLM, NoTokenError, ParameterError, RequestOutput, SamplingParams, StepFailedError
 
 PROMPT = [5, 9, 200, 7]
 VOCAB = 4096
@@ -27,6 +28,11 @@ def llm() -> Iterator[LLM]:
 
 def run(llm: LLM, *params: SamplingParams) -> list[RequestOutput]:
     return llm.generate([PROMPT] * len(params), list(params), use_tqdm=False)
+
+
+class Silent(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
 
 
 class Only:
@@ -176,17 +182,30 @@ def test_what_a_request_does_to_itself_leaves_the_prefix_in_the_cache(llm: LLM) 
     assert after.metrics.cached_tokens == 64
 
 
-def test_an_exit_inside_a_processor_goes_through_and_leaves_the_engine_usable(llm: LLM) -> None:
+def test_an_interrupt_inside_a_processor_goes_through_and_leaves_the_engine_usable(llm: LLM) -> None:
     plain = SamplingParams(max_tokens=3, temperature=0)
     [alone] = run(llm, plain)
 
     def leave(prompt: list[int], output: list[int], logits: Tensor) -> Tensor:
-        raise SystemExit(3)
+        raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit):
+    with pytest.raises(KeyboardInterrupt):
         run(llm, plain.replace(logits_processors=[leave]), plain)
     [after] = run(llm, plain)
     assert after.outputs == alone.outputs
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), asyncio.CancelledError(), Silent()], ids=["exit", "cancelled", "silent"])
+def test_whatever_a_callable_raises_ends_its_own_request(llm: LLM, error: BaseException) -> None:
+    def fail(*_: object) -> Any:
+        raise error
+
+    plain = SamplingParams(max_tokens=3)
+    processed, ranked, beside = run(
+        llm, plain.replace(logits_processors=[fail]), plain.replace(best_of=2, rank_by=fail), plain.replace(seed=1)
+    )
+    assert isinstance(processed.error, NoTokenError) and isinstance(ranked.error, StepFailedError)
+    assert beside.error is None and len(beside.outputs[0].token_ids) == 3
 
 
 @pytest.mark.parametrize("value", [0, [1], ["x"], lambda: 0])

@@ -232,6 +232,11 @@ def test_one_bad_prompt_refuses_the_call_and_leaves_the_engine_as_it_was(demo: L
         ({"max_model_len": 2048}, "max_model_len=2048: the model was made for at most 1024"),
         ({"max_model_len": 512, "num_blocks": 8}, "max_model_len=512 does not fit in the cache of 128 tokens"),
         ({"kv_cache_memory": 1000}, "kv_cache_memory=1000"),
+        ({"num_blocks": 999_999_999}, "a cache of 1000000000 blocks takes .* bytes, more than there are"),
+        ({"kv_cache_memory": 10**14}, "blocks takes .* bytes, more than there are"),
+        ({"max_num_seqs": 10**9}, "max_num_seqs=1000000000 is refused"),
+        ({"num_threads": 10**12}, "num_threads=1000000000000 is refused"),
+        ({"max_model_len": 10**30}, "max_model_len=.* is refused"),
         ({"device": "cuda"}, "no CUDA device here"),
     ],
 )
@@ -321,6 +326,18 @@ def test_a_request_larger_than_the_cache_is_refused() -> None:
         llm.generate([[1] * 64], GREEDY, use_tqdm=False)
     with pytest.raises(InvalidRequestError, match="needs 6 cache blocks of 16 tokens; the cache has 4"):
         llm.generate([[1] * 60], SamplingParams(n=2), use_tqdm=False)
+
+
+def test_tokens_that_the_model_does_not_have_are_refused_wherever_they_come_from(tmp_path: Path) -> None:
+    known = backend("llama2")
+    make_checkpoint(tmp_path, vocab_size=known.get_vocab_size() - 2, bos_token_id=100_000, eos_token_id=-1)
+    save(known, tmp_path)
+    llm = LLM(str(tmp_path), num_blocks=32)
+    unknown = known.id_to_token(known.get_vocab_size() - 1)
+    with pytest.raises(InvalidRequestError, match="the prompt has token id"):
+        llm.generate(f"a{unknown}", GREEDY, use_tqdm=False)
+    outputs = llm.generate([[5, 6]] * 2, [GREEDY.replace(min_tokens=2), GREEDY], use_tqdm=False)
+    assert [output.error for output in outputs] == [None, None]
 
 
 def test_the_engine_refuses_what_is_no_config() -> None:
