@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
 
-from tqdm import tqdm
-
 from pagefork.scheduler.errors import InvalidRequestError
 from pagefork.scheduler.params import CommonParams, SamplingParams
 
@@ -17,6 +15,7 @@ from .admission import Prompt
 from .config import EngineConfig
 from .core import LLMEngine
 from .outputs import RequestOutput
+from .progress import Bar
 
 logger = logging.getLogger("pagefork")
 
@@ -79,6 +78,8 @@ class LLM:
         variables = chat_template_kwargs or {}
         if not isinstance(variables, dict):
             raise InvalidRequestError(f"chat_template_kwargs must be an object of variables, got {type(variables).__name__}")
+        if odd := [name for name in variables if not isinstance(name, str)]:
+            raise InvalidRequestError(f"chat_template_kwargs names its variables by texts, got {odd[0]!r}")
         if taken := sorted(({"messages"} | arguments.keys()) & variables.keys()):
             raise InvalidRequestError(f"chat_template_kwargs holds {', '.join(taken)}; pass it as an argument of chat")
         texts = [tokenizer.chat_text(conversation, **arguments, **variables) for conversation in _conversations(messages)]
@@ -139,7 +140,7 @@ class LLM:
         self, waiting: set[str], done: dict[str, RequestOutput], others: dict[str, RequestOutput], use_tqdm: bool
     ) -> None:
         counts: dict[str, int] = {}
-        with tqdm(total=len(waiting), desc="prompts", unit="prompt", disable=not use_tqdm, dynamic_ncols=True) as bar:
+        with Bar(total=len(waiting), desc="prompts", unit="prompt", disable=not use_tqdm, dynamic_ncols=True) as bar:
             while waiting - done.keys():
                 for output in self.engine.step():
                     if output.request_id not in waiting:

@@ -10,15 +10,15 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from pagefork.json_file import read_json
+from pagefork.progress import Bar
 from pagefork.scheduler.errors import ModelError
 
 Shape = tuple[int, ...]
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 _FOREIGN = {
     (".bin", ".pt", ".pth", ".ckpt"): "pickle files run code when they are opened and are never read; "
@@ -37,10 +37,10 @@ class Weights:
         self._files: dict[str, Any] = {}
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, str] = {}  # as transformers names them where it is one of ours, else as the file does
-        self._bar: tqdm[Any] | None = None
+        self._bar: Bar | None = None
         owners = _shards(directory)
         try:
-            for name in dict.fromkeys(owners.values()) if owners else [_SINGLE]:
+            for name in dict.fromkeys(owners.values()) if owners else [SINGLE]:
                 self._open(directory / name, [key for key, owner in owners.items() if owner == name])
         except BaseException:
             self.close()
@@ -53,7 +53,7 @@ class Weights:
             raise ModelError(f"{path} is damaged or can't be read: {error}") from None
         names = set(handle.keys())
         if lost := [name for name in promised if name not in names]:
-            raise ModelError(f"{_INDEX} says that {path.name} holds {some(lost)}, but it does not")
+            raise ModelError(f"{INDEX} says that {path.name} holds {some(lost)}, but it does not")
         for name in promised or names:
             header = handle.get_slice(name)
             self._files[name] = handle
@@ -90,7 +90,7 @@ class Weights:
     def take(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A weight, cast and moved; memory of its own, so that the file's pages can go. Progress shows on a terminal."""
         if self._bar is None:
-            self._bar = tqdm(total=len(self.shapes), desc="Loading", unit="weight", disable=None, delay=0.5, leave=False)
+            self._bar = Bar(total=len(self.shapes), desc="Loading", unit="weight", disable=None, delay=0.5, leave=False)
         self._bar.update()
         try:
             weight: Tensor = self._files[name].get_tensor(name)
@@ -112,18 +112,18 @@ class Weights:
 
 def _shards(directory: Path) -> dict[str, str]:
     """Which file each weight is in; empty for a checkpoint of a single file."""
-    if (directory / _SINGLE).is_file():
+    if (directory / SINGLE).is_file():
         return {}
-    if not (directory / _INDEX).is_file():
+    if not (directory / INDEX).is_file():
         raise ModelError(_no_weights(directory))
-    owners = read_json(directory / _INDEX).get("weight_map")
+    owners = read_json(directory / INDEX).get("weight_map")
     if not isinstance(owners, dict) or not owners or not all(isinstance(name, str) for name in owners.values()):
-        raise ModelError(f"{directory / _INDEX} has no weight_map from weights to files")
+        raise ModelError(f"{directory / INDEX} has no weight_map from weights to files")
     for name in dict.fromkeys(owners.values()):
         if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
-            raise ModelError(f"{_INDEX} names {name!r}: a shard is a .safetensors file of the checkpoint's own directory")
+            raise ModelError(f"{INDEX} names {name!r}: a shard is a .safetensors file of the checkpoint's own directory")
         if not (directory / name).is_file():
-            raise ModelError(f"{directory} lacks {name}, which {_INDEX} names")
+            raise ModelError(f"{directory} lacks {name}, which {INDEX} names")
     return owners
 
 
@@ -131,7 +131,7 @@ def _no_weights(directory: Path) -> str:
     for endings, advice in _FOREIGN.items():
         if found := sorted(path.name for path in directory.iterdir() if path.suffix in endings):
             return f"{directory} has its weights in {some(found)}: {advice}"
-    return f"{directory} has neither {_SINGLE} nor {_INDEX}"
+    return f"{directory} has neither {SINGLE} nor {INDEX}"
 
 
 def some(names: list[str], most: int = 4) -> str:
