@@ -5,7 +5,8 @@
     python examples/service.py --self-test    # the server and three clients, one of which hangs up
 
 A line holds the index of an output and the text that it has grown by, at its end the finish reason. A client that
-closes the connection before its answer is complete aborts its request; one that reads slowly gets fewer, longer lines.
+closes the connection before its answer is complete aborts its request, one that only closes its writing side
+(`nc -N`) still gets it, and one that reads slowly gets fewer, longer lines.
 """
 
 from __future__ import annotations
@@ -37,15 +38,24 @@ class Piece(msgspec.Struct, omit_defaults=True):
     error: str | None = None
 
 
-async def answer(engine: AsyncLLMEngine, line: bytes, writer: asyncio.StreamWriter) -> None:
-    """Write the answer to a line, as fast as the client reads it."""
+async def serve(engine: AsyncLLMEngine, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """One client. Writing to one that has gone raises ConnectionError, which leaves generate() and so aborts the request."""
+    try:
+        with contextlib.suppress(ConnectionError):
+            await answer(engine, reader, writer)
+    finally:
+        writer.close()
+
+
+async def answer(engine: AsyncLLMEngine, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Read a line and write the answer to it, as fast as the client reads it."""
 
     def write(piece: Piece) -> None:
         writer.write(msgspec.json.encode(piece) + b"\n")
 
     shown: dict[int, tuple[int, str | None]] = {}
     try:
-        ask = msgspec.json.decode(line, type=Ask)
+        ask = msgspec.json.decode(await reader.readline(), type=Ask)
         async with contextlib.aclosing(engine.generate(ask.prompt, SamplingParams(**ask.params))) as outputs:
             async for request in outputs:
                 for output in request.outputs:
@@ -54,32 +64,16 @@ async def answer(engine: AsyncLLMEngine, line: bytes, writer: asyncio.StreamWrit
                     if shown[output.index] != before:
                         write(Piece(output.index, output.text[length:], output.finish_reason))
                 await writer.drain()
-    except (PageforkError, msgspec.DecodeError) as error:
+    except (PageforkError, msgspec.DecodeError, ValueError) as error:  # ValueError: a line that is too long, or not UTF-8
         write(Piece(error=str(error)))
 
 
-async def serve(engine: AsyncLLMEngine, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """One client: whatever ends first, its answer or the connection, ends the other."""
-    answering = asyncio.create_task(answer(engine, await reader.readline(), writer))
-
-    async def watch() -> None:
-        with contextlib.suppress(ConnectionError):
-            await reader.read()  # returns when the client has gone
-        answering.cancel()
-
-    watching = asyncio.create_task(watch())
-    try:
-        with contextlib.suppress(asyncio.CancelledError, ConnectionError):
-            await answering
-    finally:
-        watching.cancel()
-        writer.close()
-
-
 async def client(port: int, ask: Ask, lines: int | None = None) -> list[Piece]:
-    """Send a line and read the answer, or hang up after so many lines of it."""
+    """Send a line, close the writing side and read the answer; or hang up after so many lines of it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(msgspec.json.encode(ask) + b"\n")
+    if lines is None:
+        writer.write_eof()
     answers: list[Piece] = []
     while len(answers) != lines and (line := await reader.readline()):
         answers.append(msgspec.json.decode(line, type=Piece))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import os
 import re
+import signal
+import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +84,31 @@ def test_the_service_streams_refuses_and_aborts_the_request_of_a_client_that_han
     assert "refused: SamplingParams: max_tokens=-1" in shown
     [(tokens, free, blocks)] = found(r"(\d+) tokens generated; (\d+) of (\d+) cache blocks are free", shown)
     assert free == blocks and 3 * 12 + 3 <= int(tokens) < 900
+
+
+def test_the_service_outlives_what_clients_do_to_a_line_and_answers_one_that_closes_its_writing_side() -> None:
+    command = [sys.executable, str(EXAMPLES / "service.py"), "--port", "0"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env={**os.environ, "PYTHONSAFEPATH": "1"}, stdout=pipe, stderr=pipe, text=True) as service:
+        assert service.stdout is not None
+        address = ("127.0.0.1", int(service.stdout.readline().split()[-1]))
+        try:
+            reset = socket.create_connection(address, timeout=60)
+            reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            reset.send(b"{")
+            reset.close()
+            socket.create_connection(address, timeout=60).close()
+            with socket.create_connection(address, timeout=60) as endless:
+                endless.sendall(b"x" * (2 << 20 | 1))
+                assert b"limit" in endless.recv(1024)
+            with socket.create_connection(address, timeout=60) as half:
+                half.sendall(b'{"prompt": "import os", "params": {"max_tokens": 4, "ignore_eos": true}}')
+                half.shutdown(socket.SHUT_WR)
+                assert b'"finish_reason":"length"' in half.makefile("rb").read()
+        finally:
+            service.send_signal(signal.SIGINT)
+            _, error = service.communicate(timeout=60)
+    assert (service.returncode, error) == (0, "")
 
 
 def test_logits_processors_write_only_digits_and_only_brackets_that_match() -> None:

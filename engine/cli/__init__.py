@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -51,7 +53,11 @@ app.add_typer(bench)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """The console script."""
+    """The `pagefork` command."""
+    # A closed stream is None, which print() takes for standard output; its number would go to the next file that is opened.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (open until the end)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a model writes what the locale may not know

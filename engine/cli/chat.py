@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -50,11 +51,13 @@ def chat(
     On a terminal /help lists the commands. Otherwise every line of standard input is a message or a command. When
     the conversation outgrows max_model_len its oldest turns are forgotten, with a line on stderr.
     """
-    sampling_params(preset, params)  # what can't be honoured is refused before the model is loaded
+    sampling_params(preset, {"max_tokens": None, **params})  # what can't be honoured is refused before the model is loaded
     config = EngineConfig(**{**DEFAULT_ENGINE, **engine})
     template = None if chat_template is None else decoded(chat_template.read_bytes(), str(chat_template))
     if sys.stdin is None:
         raise InvalidRequestError("chat reads standard input, which is closed")
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # a pipe or a file, whatever the locale
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     from pagefork.cli.conversation import Conversation
     from pagefork.core import LLMEngine
@@ -115,7 +118,7 @@ def _turn(conversation: Conversation, line: str, *, stats: bool) -> None:
             print(flush=True)
         if stats:
             print(_stats(output), file=sys.stderr)
-        if output.outputs[0].finish_reason == "abort" and not sys.stdin.isatty():
+        if conversation.interrupted and not sys.stdin.isatty():
             raise KeyboardInterrupt  # a script is stopped as a whole
 
 

@@ -28,6 +28,7 @@ class Conversation:
                 "or let `pagefork generate` complete texts"
             )
         self.system = system
+        self.interrupted = False  # whether Ctrl-C came during the last answer, be it at its last token
         self._engine, self._tokenizer = engine, engine.tokenizer
         self._params, self._template = params, template
         self._turns: list[list[Message]] = []
@@ -44,6 +45,7 @@ class Conversation:
         Ctrl-C ends the answer, and what came of it is kept. Raises the error of a request that is refused or fails; the
         turns are what they were then.
         """
+        self.interrupted = False
         prompt, turns = self._fitted(question)
         self._asked += 1
         self._engine.add_request(f"chat-{self._asked}", prompt, self._params)
@@ -65,6 +67,7 @@ class Conversation:
                 begin, shown = shown, len(text)
                 show(text[begin:])
         except KeyboardInterrupt:
+            self.interrupted = True
             self._engine.abort_request(request_id)
             outputs = self._engine.step() or outputs
             show(outputs[-1].outputs[0].text[shown:])

@@ -43,6 +43,9 @@ def run_app(app: typer.Typer, arguments: list[str] | None) -> int:
             place = f"{error.ctx.command_path} --help" if error.ctx else "--help"
             warn(f"{reason[0].lower()}{reason[1:].rstrip('.')}; see `{place}`")
         return REFUSED
+    except (KeyboardInterrupt, typer.Abort):  # outside the work of a command
+        warn("interrupted")
+        return INTERRUPTED
 
 
 def warn(line: str) -> None:

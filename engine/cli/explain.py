@@ -39,10 +39,11 @@ def explain(
     """Tabulate the probabilities of the next token under several settings, and under the sampling flags that are given.
 
     A dash stands for a token that a setting takes out; the others share its mass. Entropy is in bits.
+    Any --min-tokens above 0 bans the end tokens here, since one token is generated.
     """
     if next is None:
         raise InvalidRequestError("explain needs a text: give it with --next")
-    sampling = sampling_params(preset, params)
+    sampling = sampling_params(preset, {"max_tokens": None, **params})
     config = EngineConfig(**{**DEFAULT_ENGINE, **engine})
     from pagefork.cli.next_token import columns, logits_of
     from pagefork.core import LLMEngine

@@ -99,8 +99,8 @@ def _flag(key: str, group: str, field: Field, default: Any) -> _Flag:
     elif get_origin(kind) is list:
         [item] = get_args(kind)
         kind = list[get_args(item)[0] if get_origin(item) is Annotated else item]  # type: ignore[misc]
-    elif kind is int and field.optional and field.default is not None:
-        option |= {"parser": _int_or_none, "metavar": "INTEGER|none"}
+    elif kind in (int, float) and field.optional:
+        option |= {"parser": _number_or_none(kind), "metavar": f"{'INTEGER' if kind is int else 'FLOAT'}|none"}
         kind, convert = Any, lambda value: value[0]
     annotation = Annotated[kind | None, typer.Option(**option)]
     parameter = inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -144,9 +144,14 @@ def _pair(text: str) -> tuple[int, float]:
         raise typer.BadParameter(f"{text!r} is not ID=VALUE, a token id and a number") from None
 
 
-def _int_or_none(text: str) -> tuple[int | None]:
-    """An integer, or `none` where None means something else than not given; boxed to tell them apart."""
-    try:
-        return (None if text == "none" else int(text),)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is neither an integer nor none") from None
+def _number_or_none(kind: type[int] | type[float]) -> Callable[[str], tuple[float | None]]:
+    """A parser of a number, or of `none`, which undoes what a file says; boxed to tell None from not given."""
+
+    def parse(text: str) -> tuple[float | None]:
+        try:
+            return (None if text == "none" else kind(text),)
+        except ValueError:
+            noun = "an integer" if kind is int else "a number"
+            raise typer.BadParameter(f"{text!r} is neither {noun} nor none") from None
+
+    return parse

@@ -26,7 +26,9 @@ def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to go on from; '' is allowed")] = None,
     *,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from this file")] = None,
-    lines: Annotated[bool, typer.Option(help="Every line of the file or of standard input is a prompt")] = False,
+    lines: Annotated[
+        bool, typer.Option(help="Every line of the file or of standard input is a prompt, an empty one too")
+    ] = False,
     json: Annotated[bool, typer.Option(help="Print one JSON object per prompt at the end")] = False,
     preset: Preset = None,
     params: Annotated[Given, SamplingParams],
@@ -54,9 +56,16 @@ def sampling_params(preset: str | None, given: Given) -> SamplingParams:
 
 
 def run(engine: LLMEngine, prompts: list[str], params: SamplingParams, view: View) -> None:
-    """Generate for all prompts at once. Raises the error of the first request that failed, after the others ended."""
+    """Generate for all prompts at once.
+
+    Raises InvalidRequestError for a prompt that is refused, which it names by its number if there are several, before
+    anything runs; and the error of the first request that failed, after the others ended.
+    """
     for index, prompt in enumerate(prompts):
-        engine.add_request(str(index), prompt, params)
+        try:
+            engine.add_request(str(index), prompt, params)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"prompt {index + 1}: {error}" if len(prompts) > 1 else str(error)) from None
     failed = []
     with view:
         while engine.has_unfinished_requests():
@@ -78,6 +87,7 @@ def _read_prompts(prompts: list[str], file: Path | None, *, lines: bool) -> list
     source = str(file) if file else "standard input"
     data = file.read_bytes() if file else sys.stdin.buffer.read()
     text = decoded(data, source).removesuffix("\n")
-    if not text:
+    found = [line.removesuffix("\r") for line in text.split("\n")] if lines else [text]
+    if found == [""]:
         raise InvalidRequestError(f"{source} is empty; the empty prompt is given as an argument: ''")
-    return text.splitlines() if lines else [text]
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -132,5 +133,14 @@ def write_result(file: Path, result: dict[str, Any], config: EngineConfig) -> No
 
 def check_writable(file: Path | None) -> None:
     """Before the minutes that a benchmark may take."""
-    if file is not None and not file.parent.is_dir():
-        raise InvalidRequestError(f"output_json={str(file)!r}: there is no folder {str(file.parent)!r}")
+    if file is None:
+        return
+    reason = None
+    if not file.parent.is_dir():
+        reason = f"there is no folder {str(file.parent)!r}"
+    elif file.is_dir():
+        reason = "it is a folder"
+    elif not os.access(file if file.exists() else file.parent, os.W_OK):
+        reason = "it can't be written"
+    if reason:
+        raise InvalidRequestError(f"output_json={str(file)!r}: {reason}")

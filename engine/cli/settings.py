@@ -23,7 +23,8 @@ Place = tuple[str, ...]  # a command by its words, ("bench", "latency"), or a gr
 
 
 def read_settings(ctx: typer.Context, file: Path | None, fields: dict[str, Field]) -> list[Settings]:
-    """What the file, then what the environment gives the flags of the running command, in the types of its `fields`.
+    """What the sections of the file, from the top to the command's own, then what the environment gives the flags of
+    the running command, in the types of its `fields`.
 
     Without a file PAGEFORK_CONFIG names it. Raises ConfigError for a name that no command knows, in the file, and for
     a value that its flag can't take; OSError for a file that can't be read.
@@ -33,21 +34,22 @@ def read_settings(ctx: typer.Context, file: Path | None, fields: dict[str, Field
     named = os.environ.get(PREFIX + "CONFIG")
     path = file or (Path(named) if named else None)
     return [
-        _from_file(path, _place(ctx), flags, fields) if path else {},
+        *(_from_file(path, _place(ctx), flags, fields) if path else []),
         _from_environment(set().union(*flags.values()), fields),
     ]
 
 
-def _from_file(path: Path, command: Place, flags: dict[Place, set[str]], fields: dict[str, Field]) -> Settings:
+def _from_file(path: Path, command: Place, flags: dict[Place, set[str]], fields: dict[str, Field]) -> list[Settings]:
     try:
         document = tomllib.loads(path.read_bytes().decode())
     except ValueError as error:  # not TOML, or not UTF-8
         raise ConfigError(f"{path} is not TOML: {error}") from None
-    found: Settings = {}
+    found: list[Settings] = []
     for place, section in sorted(_sections(document, set(flags)).items()):
         where = f"{path}: [{'.'.join(place)}]" if place else str(path)
         allowed = set().union(*(names for name, names in flags.items() if name[: len(place)] == place))
         settings: Settings = {}
+        mine: Settings = {}
         for given, value in section.items():
             key = given.replace("-", "_")
             if key not in allowed:
@@ -56,7 +58,8 @@ def _from_file(path: Path, command: Place, flags: dict[Place, set[str]], fields:
                 raise ConfigError(f"{where} has {given!r} twice, with a dash and with an underscore")
             settings[key] = value
             if key in fields and command[: len(place)] == place:
-                found[key] = _typed(f"{where}: {given} = {value!r}", value, fields[key])
+                mine[key] = _typed(f"{where}: {given} = {value!r}", value, fields[key])
+        found.append(mine)
     return found
 
 

@@ -29,12 +29,12 @@ class Done(NamedTuple):
     stderr: str
 
 
-def pagefork(*arguments: str, stdin: str | bytes = "", **environment: str) -> Done:
-    """Runs a command line in this process, through the function that the console script calls."""
+def pagefork(*arguments: str, stdin: str | bytes = "", locale: str = "utf-8", **environment: str) -> Done:
+    """Runs a command line in this process, through the function that the console script calls; locale: what stdin is read in."""
     data = stdin if isinstance(stdin, bytes) else stdin.encode()
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2))
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding=locale))
         patch.setattr(sys, "argv", ["pagefork", *arguments])
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -51,7 +51,7 @@ def generated(*arguments: str, stdin: str = "", **environment: str) -> list[dict
     """What `generate --json` prints."""
     done = pagefork("generate", "--json", *arguments, stdin=stdin, **environment)
     assert done.code == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.split("\n")[:-1]]
 
 
 def demo_with_template(path: Path, template: str) -> Path:

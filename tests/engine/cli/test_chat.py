@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from support.cli import COMMAND, ENVIRONMENT, assert_refused, demo_with_template
 from transformers import AutoTokenizer
 
 from pagefork import LLM, SamplingParams
+from pagefork.cli.chat import _turn
+from pagefork.cli.conversation import Conversation
 from pagefork.demo import demo_path
 
 TEMPLATE = (
@@ -164,6 +168,45 @@ def test_what_a_pipe_may_not_say_is_refused(settings: list[str], tmp_path: Path)
     assert_refused(pagefork("chat", "--n", "2"), "--n")
     (tmp_path / "latin").write_bytes(b"\xe9")
     assert_refused(pagefork("chat", "--chat-template", str(tmp_path / "latin")), "latin", "UTF-8")
+
+
+def test_min_tokens_may_be_more_than_the_default_of_max_tokens_which_chat_does_not_have(settings: list[str]) -> None:
+    unlimited = [*settings, "--max-tokens", "none", "--min-tokens", "20", "--max-model-len", "64", "--stats"]
+    done = pagefork("chat", *unlimited, stdin="x\n")
+    assert done.code == 0, done.stderr
+    assert int(re.findall(r"(\d+) tokens in", done.stderr)[0]) > 20
+    assert pagefork("chat", *settings[:4], "--min-tokens", "20", "--max-model-len", "64", stdin="x\n").code == 0
+    assert_refused(pagefork("chat", *settings, "--min-tokens", "20"), "min_tokens=20", f"max_tokens={LENGTH}")
+
+
+def test_a_pipe_is_read_as_utf8_whatever_the_locale(settings: list[str]) -> None:
+    text = "caf\u00e9 \u2192\n"
+    assert pagefork("chat", *settings, stdin=text, locale="ascii") == pagefork("chat", *settings, stdin=text)
+    assert_refused(pagefork("chat", *settings, stdin=b"\xe9\n", locale="latin-1"), "UTF-8")
+
+
+class Interrupted(io.StringIO):
+    """A standard output during whose first write Ctrl-C comes."""
+
+    def write(self, text: str) -> int:
+        if not self.tell():
+            super().write(text)
+            raise KeyboardInterrupt
+        return super().write(text)
+
+
+@pytest.mark.parametrize("length", [1, LENGTH])
+def test_in_a_script_ctrl_c_is_never_forgotten_not_even_at_the_last_token(
+    length: int, demo: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+    conversation = Conversation(demo.engine, params, None, TEMPLATE)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    with redirect_stdout(Interrupted()), pytest.raises(KeyboardInterrupt):
+        _turn(conversation, "import os", stats=False)
+    assert conversation.interrupted
+    conversation.ask("import sys", lambda text: None)
+    assert not conversation.interrupted
 
 
 # A terminal of its own, so that the bytes of Ctrl-C and Ctrl-D become signals and the end of input.

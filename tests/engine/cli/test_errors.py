@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 
 import pytest
 from support.cli import COMMAND, ENVIRONMENT, assert_refused, pagefork
@@ -31,6 +32,22 @@ def test_a_wrong_command_is_refused_in_one_line_that_names_it() -> None:
 def test_a_process_ends_with_the_exit_code_of_a_usage_error() -> None:
     done = subprocess.run([*COMMAND, "generate", "--beams"], capture_output=True, text=True, env=ENVIRONMENT)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+INTERRUPT = """
+import runpy, signal, sys
+class AtTyper:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, AtTyper())
+runpy.run_module("pagefork", run_name="__main__")
+"""
+
+
+def test_ctrl_c_while_the_command_is_imported_is_one_line() -> None:
+    done = subprocess.run([sys.executable, "-P", "-c", INTERRUPT], capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "pagefork: interrupted\n")
 
 
 @pytest.mark.parametrize("group", [[], ["bench"]])

@@ -94,6 +94,13 @@ def test_the_column_of_the_flags_goes_through_the_whole_pipeline() -> None:
         assert chances[token] == pytest.approx(chance, rel=1e-4)
 
 
+def test_min_tokens_bans_the_end_tokens_however_many_they_are() -> None:
+    answers = [explained("--min-tokens", count, "--top", "4096") for count in ("0", "1", "20", "5000")]
+    free, *banned = ([token["probabilities"]["given flags"] for token in answer["tokens"]] for answer in answers)
+    assert banned[0] == banned[1] == banned[2] != free
+    assert [setting["kept"] for setting in (answers[0]["settings"][-1], answers[2]["settings"][-1])] == [4096, 4095]
+
+
 def test_greedy_flags_keep_the_token_that_is_generated() -> None:
     flags = ["--temperature", "0", "--repetition-penalty", "1.5"]
     [token] = generated(*flags, "--max-tokens", "1", PROMPT)[0]["outputs"][0]["token_ids"]

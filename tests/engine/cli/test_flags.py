@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import msgspec
+import pytest
 import typer
-from support.cli import pagefork
+from support.cli import assert_refused, pagefork
 from typer.testing import CliRunner
 
 from pagefork import EngineConfig, SamplingParams
+from pagefork.cli.fields import fields_of
 from pagefork.cli.flags import Given, command
 
 
@@ -29,6 +32,18 @@ def test_every_field_that_is_not_a_function_has_a_flag() -> None:
     shown = pagefork("generate", "--help").stdout
     names = [*SamplingParams.__struct_fields__, *EngineConfig.__struct_fields__]
     assert {name for name in names if f"--{name.replace('_', '-')}" not in shown} == {"rank_by", "logits_processors"}
+
+
+@pytest.mark.parametrize("struct", [SamplingParams, EngineConfig])
+def test_none_is_a_value_of_every_optional_number(struct: type[msgspec.Struct]) -> None:
+    names = {field.name for field in fields_of(struct) if field.optional and field.kind in (int, float)}
+    assert len(names) > 1
+    given = [text for name in names for text in (f"--{name.replace('_', '-')}", "none")]
+    assert dict.fromkeys(names) in parsed(*given)
+
+
+def test_what_is_neither_a_number_nor_none_is_refused() -> None:
+    assert_refused(pagefork("generate", "--seed", "nothing", "x"), "'nothing'", "integer", "none")
 
 
 def test_only_given_flags_arrive_each_in_the_type_of_its_field() -> None:

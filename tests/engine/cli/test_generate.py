@@ -6,11 +6,18 @@ import os
 import re
 import signal
 import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.cli import COMMAND, ENVIRONMENT, GREEDY, PROMPT, assert_refused, generated, pagefork
+
+from pagefork import LLM, InvalidRequestError, SamplingParams
+from pagefork.cli import main
+from pagefork.cli.generate import run
+from pagefork.cli.view import choose_view
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +46,32 @@ def test_json_keeps_the_order_of_the_prompts_and_counts_what_was_asked() -> None
     for request in requests:
         assert [output["index"] for output in request["outputs"]] == [0, 1]
         assert all(len(output["token_ids"]) == 8 and output["finish_reason"] == "length" for output in request["outputs"])
+
+
+def test_a_line_ends_at_a_line_feed_and_nowhere_else() -> None:
+    prompts = ["a\x0bb\x0cc", "d\u2028e\x85f", "g\rh", "", "i", ""]
+    text = "a\x0bb\x0cc\nd\u2028e\x85f\r\ng\rh\n\ni\n\n"
+    found = generated("--lines", "--max-tokens", "1", stdin=text)
+    assert [request["prompt"] for request in found] == prompts
+
+
+def test_a_refused_prompt_among_several_is_named(demo: LLM) -> None:
+    limit = ["--max-model-len", "8", "--max-tokens", "1"]
+    assert_refused(pagefork("generate", *limit, "x", "y", PROMPT * 9), "prompt 3: ", "max_model_len=8")
+    assert "prompt 1" not in pagefork("generate", *limit, PROMPT * 9).stderr
+    with pytest.raises(InvalidRequestError, match=r"^prompt 2: "):
+        run(LLM("demo", num_blocks=8).engine, ["x", PROMPT * 999], SamplingParams(), choose_view(["x", "y"], 1))
+
+
+@pytest.mark.parametrize("arguments", [["generate", *GREEDY, PROMPT], ["chat"], ["info", "--nothing"], ["--version"]])
+def test_closed_streams_change_no_exit_code(arguments: list[str]) -> None:
+    expected = pagefork(*arguments)
+    with redirect_stdout(None), redirect_stderr(None):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        sys.stdout.close()
+        sys.stderr.close()
+    assert int(ended.value.code or 0) == expected.code
 
 
 def test_labelled_lines_hold_the_same_texts_as_json() -> None:

@@ -151,6 +151,18 @@ def test_a_preset_wins_over_lower_places_and_loses_to_its_own(file: Path) -> Non
     assert outputs("--preset", "chat") != outputs("--preset", "creative")
 
 
+def test_a_preset_in_a_table_wins_over_the_keys_above_it(file: Path) -> None:
+    file.write_text('temperature = 0.0\n[generate]\npreset = "creative"\n')
+    assert outputs("--config", str(file)) == outputs("--preset", "creative")
+    file.write_text('preset = "creative"\n[generate]\ntemperature = 0.0\n')
+    assert outputs("--config", str(file)) == outputs("--preset", "creative", "--temperature", "0")
+
+
+def test_a_flag_can_take_back_a_number_of_the_file(file: Path) -> None:
+    file.write_text("seed = 7\nnum-blocks = 8\n")
+    assert received("--config", str(file), "--seed", "none", "--num-blocks", "none") == ({"seed": None}, {"num_blocks": None}, 0)
+
+
 def test_a_table_holds_for_its_command_or_group_alone(file: Path, tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     file.write_text(TABLES.replace("RESULT", str(result)))

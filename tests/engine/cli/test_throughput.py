@@ -115,6 +115,13 @@ def test_a_load_that_cannot_be_run_is_refused_in_one_line(tmp_path: Path) -> Non
     assert_refused(pagefork("bench", "throughput", "--input-len", "1000", "--output-len", "25"), "1000 + 25", "1024")
     assert_refused(pagefork("bench", "throughput", "--num-prompts", "0"), "num_prompts=0")
     assert_refused(pagefork("bench", "throughput", "--output-json", "/nowhere/a.json"), "/nowhere")
+    assert_refused(pagefork("bench", "throughput", "--output-json", str(tmp_path)), str(tmp_path), "folder")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_result_that_cannot_be_written_is_refused_before_anything_is_measured(result: Path) -> None:
+    result.touch(0o444)
+    assert_refused(pagefork("bench", "throughput", "--output-json", str(result)), str(result))
 
 
 def test_the_times_of_all_tokens_add_up_to_the_time_of_their_outputs(demo: LLM) -> None:
