@@ -13,7 +13,7 @@ from pagefork.scheduler.errors import InvalidRequestError, ModelError
 
 from .json_file import JsonObject, read_json
 
-_RESERVED = {"conversations", "return_assistant_tokens_mask"}
+_RESERVED = {"self", "messages", "conversations", "return_assistant_tokens_mask"}
 
 
 class ChatTemplate:
@@ -45,6 +45,7 @@ class ChatTemplate:
     def render(
         self,
         messages: list[dict[str, Any]],
+        /,
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,

@@ -29,8 +29,10 @@ def locate(model: str, revision: str | None = None) -> Path:
 
     A hub id is downloaded to the hub's cache, weights in safetensors only; `revision` is a branch, a tag or a commit.
     HF_HUB_OFFLINE, HF_HUB_CACHE, HF_HOME and HF_TOKEN are honoured. Raises ModelError when there is no such directory, or
-    the hub and its cache don't have it as a whole; ConfigError for a revision of something that has none.
+    the hub and its cache don't have it as a whole; ConfigError for an empty revision, or one of something that has none.
     """
+    if revision == "":
+        raise ConfigError("revision is empty; give a branch, a tag or a commit, or None for the default branch")
     path = demo_path() if model == "demo" else _directory(model)
     if path is not None:
         if revision is not None:

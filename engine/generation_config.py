@@ -17,7 +17,7 @@ _ALWAYS = {
     "repetition_penalty": "repetition_penalty",
     "no_repeat_ngram_size": "no_repeat_ngram_size",
 }
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_SAMPLING = {name: name for name in ("temperature", "top_k", "top_p", "min_p")} | {"num_return_sequences": "n"}
 # What would change the output and has no counterpart, with the value at which it does nothing.
 _UNHONOURED = {
     "num_beams": 1,
@@ -26,6 +26,15 @@ _UNHONOURED = {
     "epsilon_cutoff": 0,
     "eta_cutoff": 0,
     "top_h": None,
+    "min_length": 0,
+    "max_time": None,
+    "dola_layers": None,
+    "diversity_penalty": 0,
+    "constraints": None,
+    "force_words_ids": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "remove_invalid_values": False,
+    "token_healing": False,
     "encoder_repetition_penalty": 1,
     "guidance_scale": 1,
     "bad_words_ids": None,
@@ -43,16 +52,22 @@ def default_params(generation: dict[str, Any]) -> SamplingParams:
     """SamplingParams that do what `generate()` of transformers does by default for a model with this generation_config.
 
     Greedy unless it has do_sample. With it, what is not given is temperature 1, top_k 50 and top_p 1. Only how many tokens
-    are generated differs: max_new_tokens if given, else the max_tokens of SamplingParams; max_length, which counts the
-    prompt, is not read. What can't be honoured is named in a warning. Raises ModelError for values that are refused.
+    are generated differs: max_new_tokens if given, else the max_tokens of SamplingParams, or min_new_tokens where that is
+    more; max_length, which counts the prompt, is not read. What can't be honoured is named in a warning.
+
+    Raises ModelError for values that are refused.
     """
     given = {name: value for name, value in generation.items() if value is not None}
     fields = {ours: given[theirs] for theirs, ours in _ALWAYS.items() if theirs in given}
     if given.get("do_sample"):
-        fields |= {"top_k": 50} | {name: given[name] for name in _SAMPLING if name in given}
+        fields |= {"top_k": 50} | {ours: given[theirs] for theirs, ours in _SAMPLING.items() if theirs in given}
     else:
         fields["temperature"] = 0.0
-    unhonoured = [name for name, neutral in _UNHONOURED.items() if given.get(name, neutral) not in (neutral, [])]
+    least, most = fields.get("min_tokens"), SamplingParams().max_tokens
+    if isinstance(least, int) and most is not None:
+        fields.setdefault("max_tokens", max(least, most))
+    neutrals = _UNHONOURED if given.get("do_sample") else _UNHONOURED | {"num_return_sequences": 1}
+    unhonoured = [name for name, neutral in neutrals.items() if given.get(name, neutral) not in (neutral, [])]
     if unhonoured:
         logger.warning("generation_config.json has %s, which the default parameters leave out", ", ".join(unhonoured))
     try:

@@ -15,7 +15,7 @@ def read_json(path: Path) -> JsonObject:
     """The JSON object in a file. Raises ModelError if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} can't be read: {error}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds no JSON object")

@@ -11,9 +11,10 @@ from tokenizers import Tokenizer as _Tokenizer
 
 from pagefork.scheduler.errors import InvalidRequestError, ModelError
 
+from .added_tokens import added_tokens
 from .chat_template import ChatTemplate
 from .cleanup import clean, clean_settled
-from .json_file import read_json
+from .json_file import JsonObject, read_json
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _SPELLED = (_REPLACEMENT, "ï¿½", "<0xEF><0xBF><0xBD>")  # the character itself, in the alphabets of bytes that tokenizers use
@@ -59,8 +60,10 @@ class Tokenizer:
             if file.is_file():
                 raise ModelError(f"{directory} has a tokenizer_config.json, but none of {', '.join(_VOCABULARIES)}")
             return None
-        backend, chat = _backend(directory), ChatTemplate.load(directory)
         config = read_json(file) if file.is_file() else {}
+        backend, chat = _backend(directory, config), ChatTemplate.load(directory)
+        backend.no_truncation()  # what a training run left in tokenizer.json would cut and pad prompts
+        backend.no_padding()
         # As in transformers: byte-pair encodings keep their spaces, whatever their configuration says.
         cleans_up = bool(config.get("clean_up_tokenization_spaces")) and type(backend.model).__name__ != "BPE"
         return cls(backend, chat, cleans_up)
@@ -95,6 +98,7 @@ class Tokenizer:
     def render_chat(
         self,
         messages: list[dict[str, Any]],
+        /,
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
@@ -116,7 +120,7 @@ class Tokenizer:
         )
         return self.encode_plain(text)
 
-    def chat_text(self, messages: list[dict[str, Any]], **arguments: Any) -> str:
+    def chat_text(self, messages: list[dict[str, Any]], /, **arguments: Any) -> str:
         """The text of a conversation. Arguments and errors are those of ChatTemplate.render."""
         return self._chat.render(messages, **arguments)
 
@@ -187,10 +191,12 @@ class Tokenizer:
         return text
 
 
-def _backend(directory: Path) -> Any:
+def _backend(directory: Path, config: JsonObject) -> Any:
     try:
         if (directory / "tokenizer.json").is_file():
-            return _Tokenizer.from_file(str(directory / "tokenizer.json"))
+            backend = _Tokenizer.from_file(str(directory / "tokenizer.json"))
+            backend.add_tokens(added_tokens(directory, config, backend))
+            return backend
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False).backend_tokenizer

@@ -144,8 +144,8 @@ class BackedModel:
         """Sets the config. Returns the type of the decoder's output, and what the model gives by itself."""
         model.set_attn_implementation(probe.IMPLEMENTATION)
         self._relay.attention = listener = probe.Listener(outline.max_len)
-        tokens = torch.arange(min(MIN_ROWS, outline.max_len), device=self.device)[None]
-        output = _decode(decoder, tokens, tokens)
+        positions = torch.arange(min(MIN_ROWS, outline.max_len), device=self.device)[None]
+        output = _decode(decoder, torch.zeros_like(positions), positions)
         window = min((layer.window for layer in listener.layers if layer.window is not None), default=None)
         model.set_attn_implementation("eager")
         embeddings = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings

@@ -13,7 +13,8 @@ from pagefork.scheduler.errors import ModelError
 
 from .rope import RopeConfig, UnsupportedError, parse_rope
 
-Size = Annotated[int, Meta(ge=1)]
+Size = Annotated[int, Meta(ge=1, lt=2**31)]
+LAYERS = 10_000  # more than any model has; lists per layer are made before anything is compared with the weights
 
 
 class Family(Struct, frozen=True):
@@ -89,13 +90,13 @@ class _Raw(Struct):
     vocab_size: Size
     hidden_size: Size
     intermediate_size: Size
-    num_hidden_layers: Size
+    num_hidden_layers: Annotated[int, Meta(ge=1, le=LAYERS)]
     num_attention_heads: Size
     max_position_embeddings: Size
     num_key_value_heads: Size | None = None
     head_dim: Size | None = None
     hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: Annotated[float, Meta(ge=0, lt=1)] = 1e-6
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False

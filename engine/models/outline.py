@@ -17,6 +17,7 @@ logger = logging.getLogger("pagefork")
 _LENGTHS = (
     "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "max_seq_length", "seq_length", "n_ctx",
 )  # fmt: skip
+_LONGEST = 2**24  # tokens that are served through transformers; the probe of windows takes memory for each of them
 _REFUSED = {
     "FalconH1ForCausalLM": "its layers keep a state beside keys and values",
     "Gemma4UnifiedAssistantForCausalLM": "it drafts for another model, whose keys and values it reads",
@@ -113,6 +114,18 @@ def _longest(architecture: str, config: Any) -> int:
     if not found:
         raise ModelError(f"the configuration of this {architecture} states no longest sequence ({', '.join(_LENGTHS)})")
     longest = int(found[0])
+    if longest >= 2**31:
+        raise ModelError(
+            f"the configuration of this {architecture} states sequences of {longest} tokens; at most 2**31 - 1 are supported"
+        )
+    try:
+        return min(_stretched(longest, config), _LONGEST)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ModelError(f"the rotary embedding of this {architecture} is refused: {error}") from None
+
+
+def _stretched(longest: int, config: Any) -> int:
+    """How many positions rotary embeddings make of those that a model states."""
     for rope in _ropes(config):
         original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
         if rope.get("rope_type") == "longrope":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -16,9 +17,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from pagefork.json_file import read_json
 from pagefork.scheduler.errors import ModelError
 
-from .weights import Weights, some
+from .weights import INDEX, SINGLE, Weights, some
 
 _BUFFERS = ("BOOL", "U8", "I32", "I64")  # masks and counters that older checkpoints hold
 
@@ -42,6 +44,9 @@ def load_pretrained(directory: Path, architecture: str, dtype: torch.dtype, devi
     """The model with its weights, in eval mode. Raises ModelError for weights that are missing, left over or do not fit."""
     with Weights(directory) as weights:
         weights.check_stored(weights.shapes, also=_BUFFERS)
+        integers = {name: stored for name, stored in weights.dtypes.items() if stored in _BUFFERS}
+    if not (directory / SINGLE).is_file() and not isinstance(read_json(directory / INDEX).get("metadata"), dict):
+        raise ModelError(f'{directory / INDEX} lacks metadata, which transformers asks for; add "metadata": {{}} to it')
     config = load_pretrained_config(directory, architecture)
     model_class: Any = getattr(transformers, architecture)
     try:
@@ -65,7 +70,23 @@ def load_pretrained(directory: Path, architecture: str, dtype: torch.dtype, devi
         raise ModelError(f"the checkpoint has weights that the model does not: {some(sorted(left))}")
     if wrong := sorted(f"{name} is {list(given)}, not {list(shape)}" for name, given, shape in info["mismatched_keys"]):
         raise ModelError(f"weights do not fit config.json: {some(wrong)}")
+    _check_integers(model, integers)
     return cast("PreTrainedModel", model.to(device).eval().requires_grad_(False))
+
+
+def _check_integers(model: Any, stored: dict[str, str]) -> None:
+    """Raises ModelError for a weight that is stored in integers; only buffers and what loading passes over may be."""
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    buffers = [name for name, _ in model.named_buffers()]
+    passed = re.compile("|".join([r"(^|\.)position_ids$", *(model._keys_to_ignore_on_load_unexpected or ())]))
+    for name, kind in stored.items():
+        if _is_among(name, parameters) or not (_is_among(name, buffers) or passed.search(name)):
+            raise ModelError(f"{name} is stored as {kind}; weights are floating point, quantized ones are not supported")
+
+
+def _is_among(name: str, names: Iterable[str]) -> bool:
+    """Whether one of the names is this one; either may lack the prefix that a model puts before its decoder's names."""
+    return any(f".{known}".endswith(f".{name}") or f".{name}".endswith(f".{known}") for known in names)
 
 
 @contextmanager
@@ -87,5 +108,7 @@ def quiet() -> Iterator[None]:
 
 def first_line(error: Exception) -> str:
     """What an error says, in short."""
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

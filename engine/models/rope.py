@@ -24,6 +24,7 @@ ROPE_TYPES = {  # and what each of them needs
     "yarn": (),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+Positive = Annotated[float, Meta(gt=0, lt=1e9)]
 
 
 class UnsupportedError(ModelError):
@@ -34,13 +35,13 @@ class RopeConfig(Struct, frozen=True):
     """The base of the rotary frequencies and how they are scaled. Names are those of rope_parameters."""
 
     rope_type: str = "default"
-    rope_theta: float = 10000.0
-    factor: float = 1.0
-    original_max_position_embeddings: int = 0
+    rope_theta: Annotated[float, Meta(gt=1, lt=1e30)] = 10000.0
+    factor: Positive = 1.0
+    original_max_position_embeddings: Annotated[int, Meta(ge=0, lt=2**31)] = 0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
@@ -53,7 +54,7 @@ class _Raw(Struct):
     rope_theta: float | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
-    original_max_position_embeddings: Annotated[int, Meta(ge=1)] | None = None
+    original_max_position_embeddings: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
     partial_rotary_factor: float | None = None
 
 
@@ -70,7 +71,7 @@ def parse_rope(config: dict[str, Any], positions: int) -> tuple[RopeConfig, int]
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
     if any(isinstance(value, dict) for value in given.values()):
         raise UnsupportedError(f"rope_parameters that differ between kinds of layers ({', '.join(given)}) are not supported")
-    if kind not in ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise UnsupportedError(f"rope_type={kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
     if (part := given.get("partial_rotary_factor", raw.partial_rotary_factor)) not in (None, 1.0):
         raise UnsupportedError(f"partial_rotary_factor={part} is not supported; heads rotate as a whole (1.0)")
@@ -78,17 +79,23 @@ def parse_rope(config: dict[str, Any], positions: int) -> tuple[RopeConfig, int]
     if missing := [name for name in ROPE_TYPES[kind] if name not in given]:
         raise ModelError(f"rope_type={kind!r} needs {', '.join(missing)} in rope_parameters")
     original = raw.original_max_position_embeddings or given.get("original_max_position_embeddings") or positions
-    given.setdefault("rope_theta", raw.rope_theta or 10000.0)
+    given.setdefault("rope_theta", 10000.0 if raw.rope_theta is None else raw.rope_theta)
     given["original_max_position_embeddings"] = original
-    if kind == "yarn":
-        given.setdefault("factor", positions / original)
     try:
         rope = msgspec.convert(given | {"rope_type": kind}, RopeConfig)
     except msgspec.ValidationError as error:
         raise ModelError(f"rope_parameters are refused: {error}") from None
-    # yarn stretches `original` whether or not max_position_embeddings was raised along with it. dynamic would change the
-    # frequencies of all earlier positions, whose keys are cached, beyond max_position_embeddings; up to there it is default.
-    return rope, max(positions, int(original * rope.factor)) if kind == "yarn" else positions
+    if kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor:
+        raise ModelError(f"low_freq_factor={rope.low_freq_factor} must be below high_freq_factor={rope.high_freq_factor}")
+    if kind != "yarn":  # beyond `positions` dynamic would change the frequencies of keys that are cached
+        return rope, positions
+    if "factor" not in given:
+        rope = msgspec.structs.replace(rope, factor=positions / rope.original_max_position_embeddings)
+    # yarn stretches `original` whether or not max_position_embeddings was raised along with it.
+    longest = max(positions, int(rope.original_max_position_embeddings * rope.factor))
+    if longest >= 2**31:
+        raise ModelError(f"rope_parameters stretch sequences to {longest} tokens; at most 2**31 - 1 are supported")
+    return rope, longest
 
 
 def rotary(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:

@@ -202,7 +202,11 @@ def test_shutdown_and_cancellation_while_loading_end_the_thread(monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("settings", "error"),
-    [({"model": "/nowhere/at/all"}, ModelError), ({"max_model_len": 10**6}, ConfigError), ({"num_blocks": 2**31 - 2}, ConfigError)],
+    [
+        ({"model": "/nowhere/at/all"}, ModelError),
+        ({"max_model_len": 10**6}, ConfigError),
+        ({"num_blocks": 2**31 - 2}, ConfigError),
+    ],
 )
 def test_an_error_of_loading_is_raised_by_start(settings: dict[str, Any], error: type[Exception]) -> None:
     async def main() -> None:

@@ -290,6 +290,8 @@ def test_chat_refuses_what_it_cannot_do(chatty: LLM, demo: LLM, tmp_path: Path) 
         ({"messages": []}, "messages is empty"),
         ({"messages": [[USER], []]}, "messages is empty"),
         ({"messages": [USER], "chat_template_kwargs": {"tools": []}}, "chat_template_kwargs holds tools"),
+        ({"messages": [USER], "chat_template_kwargs": {1: 2}}, "names its variables by texts, got 1"),
+        ({"messages": [USER], "chat_template_kwargs": {"self": 1}}, "can't be called self"),
         ({"messages": [USER], "chat_template_kwargs": ["a"]}, "must be an object of variables, got list"),
         ({"messages": [USER], "sampling_params": [PARAMS, PARAMS]}, "2 sampling_params for 1 prompts"),
         ({"messages": [{"role": "user", "content": "lo " * 600}]}, "max_model_len"),

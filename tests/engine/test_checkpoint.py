@@ -191,4 +191,7 @@ def test_a_directory_that_is_no_path_or_a_file_is_refused(tmp_path: Path, monkey
             locate(model)
     with pytest.raises(ConfigError, match="revision='main' belongs to a hub id; model 'demo' is a directory"):
         locate("demo", "main")
+    for model in ("demo", "owner/name"):
+        with pytest.raises(ConfigError, match="revision is empty"):
+            locate(model, "")
     assert locate(str(tmp_path)) == tmp_path

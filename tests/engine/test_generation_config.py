@@ -61,6 +61,9 @@ def test_lengths_and_stop_texts_are_taken_over() -> None:
     assert (params.max_tokens, params.min_tokens, params.stop) == (40, 2, ["\n", "END"])
     assert default_params({"max_length": 4096}).max_tokens == SamplingParams().max_tokens
     assert default_params({"stop_strings": "END"}).stop == ["END"]
+    assert default_params({"min_new_tokens": 20}).max_tokens == 20
+    assert default_params({"min_new_tokens": 2}).max_tokens == SamplingParams().max_tokens
+    assert default_params({"do_sample": True, "num_return_sequences": 3}).n == 3
 
 
 def test_what_has_no_counterpart_is_named_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -69,6 +72,11 @@ def test_what_has_no_counterpart_is_named_in_a_warning(caplog: pytest.LogCapture
         assert not caplog.records
         default_params({"num_beams": 4, "typical_p": 0.9})
     assert "num_beams, typical_p" in caplog.text
+    lonely = {"min_length": 20, "token_healing": True, "remove_invalid_values": True, "num_return_sequences": 2}
+    for name, value in lonely.items():
+        caplog.clear()
+        default_params({name: value})
+        assert f"has {name}, which" in caplog.text
 
 
 def test_defaults_out_of_range_are_the_models_fault() -> None:

@@ -6,6 +6,7 @@ import json
 import random
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -151,6 +152,59 @@ def test_texts_and_ids_are_those_of_auto_tokenizer(kind: str, cleans_up: bool, t
             assert ours.decode(ids, skip) == whole
             assert "\ufffd" in whole or "".join(stream(ours, ids, skip)) == whole
     assert [ours.encode(text) for text in texts] == theirs(texts)["input_ids"]
+
+
+def flags(content: str, special: bool, **others: bool) -> dict[str, Any]:
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"content": content, "special": special} | plain | others
+
+
+@pytest.mark.parametrize(
+    ("config", "files"),
+    [
+        ({"added_tokens_decoder": {"9001": flags("<b>", False), "9000": flags("<a>", True, lstrip=True)}}, {}),
+        ({"added_tokens_decoder": {"10000": flags("<b>", False), "9000": flags("<a>", True)}}, {}),
+        ({"added_tokens_decoder": {"3": flags("<|im_start|>", False), "9": flags("<tool>", True)}}, {}),
+        ({"added_tokens_decoder": {"9": flags("the", True)}}, {}),
+        ({"pad_token": "<a>", "eos_token": {"__type": "AddedToken", **flags("<b>", False, rstrip=True)}, "cls_token": None}, {}),
+        ({"pad_token": "<tool>"}, {}),
+        ({"pad_token": "<tool>", "added_tokens_decoder": {}}, {}),
+        ({"image_token": "<a>", "additional_special_tokens": ["<b>", "<tool>"]}, {}),
+        ({"extra_special_tokens": {"boi_token": "<a>"}, "bos_token": "<b>"}, {}),
+        ({"eos_token": "<a>"}, {"special_tokens_map.json": {"eos_token": "<b>"}, "added_tokens.json": {"<tool>": 7, "<c>": 9}}),
+    ],
+    ids=str,
+)
+def test_tokens_are_added_as_by_auto_tokenizer(config: dict[str, Any], files: dict[str, Any], tmp_path: Path) -> None:
+    for kind in ("byte_level", "llama2", "word_piece"):
+        save(backend(kind), tmp_path, **config)
+        for name, content in files.items():
+            (tmp_path / name).write_text(json.dumps(content))
+        ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+        assert ours is not None and ours.eos_token_id == theirs.eos_token_id
+        for text in ("a <a> the <b> x <c>the", "the<b><tool> <|im_start|> <a><a>"):
+            ids = ours.encode(text)
+            assert ids == theirs(text)["input_ids"]
+            for skip in (True, False):
+                assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
+def test_added_tokens_of_another_form_are_refused(tmp_path: Path) -> None:
+    for entries in ({"x": flags("<a>", True)}, {"9": 5}, {"9": {"special": True}}, [1]):
+        save(backend("words"), tmp_path, added_tokens_decoder=entries)
+        with pytest.raises(ModelError, match=r"the tokenizer in .* can't be loaded"):
+            Tokenizer.load(tmp_path)
+
+
+def test_prompts_are_neither_cut_nor_padded_whatever_the_file_says(tmp_path: Path) -> None:
+    trained = KINDS["byte_level"]()
+    trained.enable_truncation(3)
+    trained.enable_padding(length=20)
+    save(trained, tmp_path)
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours is not None
+    for text in ("the", corpus(24)[0]):
+        assert ours.encode(text) == backend("byte_level").encode(text).ids == theirs(text)["input_ids"]
 
 
 def test_vocab_and_merges_are_read_without_a_tokenizer_json(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,10 @@ def test_models_that_attend_in_other_ways_are_refused_by_name(
             lambda w: w.update({"transformer.h.1.ln_1.bias": torch.zeros(64, dtype=torch.float8_e4m3fn)}),
             "ln_1.bias is stored as F8_E4M3",
         ),
+        *(
+            (lambda w, name=name: w.update({name: w[name].int()}), f"{name} is stored as I32; weights are floating point")
+            for name in ("transformer.h.0.attn.c_attn.bias", "transformer.h.1.mlp.c_fc.weight")
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], message: str) -> None:
@@ -213,6 +218,26 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path, edit: Callable[[dict[
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=message):
         load(tmp_path)
+
+
+def test_fused_weights_in_integers_are_named(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "mixtral", **FAMILIES["mixtral"])
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in sorted(weights) if ".experts.1." in name)
+    save_file(weights | {name: (50 * weights[name]).int()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=f"{name} is stored as I32; weights are floating point"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_smallest_vocabularies_are_served(tmp_path: Path, size: int) -> None:
+    model = make_checkpoint(tmp_path, "gpt2", vocab_size=size, bos_token_id=0, eos_token_id=None)
+    assert ours(load(tmp_path), [[0, 0]], 3) == [greedy(model, [0, 0], 3)]
+
+
+def test_a_model_for_endless_sequences_is_served_up_to_a_bound(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, "llama", max_position_embeddings=2**31 - 1, hidden_act="gelu")
+    assert ours(load(tmp_path), [[5, 6]], 3) == [greedy(model, [5, 6], 3)]
 
 
 def test_masks_that_old_checkpoints_hold_are_ignored(tmp_path: Path) -> None:
@@ -227,8 +252,12 @@ def test_masks_that_old_checkpoints_hold_are_ignored(tmp_path: Path) -> None:
 def test_files_go_through_the_same_checks_as_those_of_native_models(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "gpt2", shard="40KB")
     index = tmp_path / "model.safetensors.index.json"
+    owners = json.loads(index.read_text())["weight_map"]
     edit_json(index, weight_map={"transformer.wte.weight": "../other.safetensors"})
     with pytest.raises(ModelError, match=r"a shard is a .safetensors file of the checkpoint's own directory"):
+        load(tmp_path)
+    edit_json(index, weight_map=owners, metadata=None)
+    with pytest.raises(ModelError, match=r"model.safetensors.index.json lacks metadata"):
         load(tmp_path)
     for file in (index, *tmp_path.glob("*.safetensors")):
         file.unlink()

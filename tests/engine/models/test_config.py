@@ -158,6 +158,21 @@ def test_auto_is_the_dtype_of_the_checkpoint(tmp_path: Path, dtype: str) -> None
         ({**LLAMA, "rope_scaling": {"rope_type": "linear"}}, "rope_type='linear' needs factor"),
         ({**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": "two"}}, "factor"),
         ({**LLAMA, "rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ between kinds of layers"),
+        ({**LLAMA, "rope_theta": 0}, "rope_theta"),
+        ({**LLAMA, "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1}}, "rope_theta"),
+        ({**LLAMA, "rope_parameters": {"rope_type": "yarn", "factor": float("inf")}}, "factor"),
+        ({**LLAMA, "rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": "x"}}, "original_max_position"),
+        ({**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor"),
+        ({**LLAMA, "rope_parameters": {"rope_type": ["x"]}}, r"rope_type=\['x'\] is not supported"),
+        (
+            {**LLAMA, "rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 2, "high_freq_factor": 2}},
+            "low_freq_factor=2.0 must be below high_freq_factor=2.0",
+        ),
+        ({**LLAMA, "rms_norm_eps": -1}, "rms_norm_eps"),
+        ({**LLAMA, "num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({**LLAMA, "max_position_embeddings": 2**40}, "max_position_embeddings"),
+        ({**LLAMA, "max_position_embeddings": 10**30}, "max_position_embeddings"),
+        ({**LLAMA, "max_position_embeddings": 2**30, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "4294967296 tokens"),
         ({**QWEN2, "layer_types": ["full_attention", "linear_attention"]}, "layer_types.*linear_attention"),
         ({**QWEN2, "layer_types": ["full_attention"]}, "each of 2 layers"),
         ({**QWEN2, "layer_types": ["sliding_attention"] * 2}, "no sliding_window is in use"),
@@ -191,6 +206,11 @@ def test_what_is_not_supported_is_refused_by_name(config: dict[str, Any], messag
         ({"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}, "keeps a state .*linear_attention"),
         ({"architectures": ["BloomForCausalLM"], "model_type": "bloom"}, "Bloom.* states no longest sequence"),
         ({**QWEN2, "eos_token_id": "end"}, "eos_token_id is refused"),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_positions": 2**40}, "sequences of 1099511627776 tokens"),
+        (
+            {**LLAMA, "model_type": "llama", "hidden_act": "gelu", "rope_scaling": {"type": "yarn", "factor": float("inf")}},
+            "rotary embedding of this LlamaForCausalLM is refused: cannot convert float infinity",
+        ),
     ],
 )
 def test_what_nobody_runs_is_refused_by_name(tmp_path: Path, config: dict[str, Any], message: str) -> None:

@@ -124,6 +124,9 @@ def test_directories_without_a_checkpoint_say_what_is_missing(tmp_path: Path, wh
     (whole / "config.json").write_text("[1]")
     with pytest.raises(ModelError, match="no JSON object"):
         load_outline(whole)
+    (whole / "config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(ModelError, match=r"config\.json can't be read"):
+        load_outline(whole)
 
 
 @pytest.mark.parametrize(
