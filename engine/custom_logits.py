@@ -53,6 +53,8 @@ class LogitsProcessors:
         """
         for row in number.nonzero()[0].tolist():
             own, key = int(number[row]), (int(slot[row]), int(position[row]))
+            if own not in self._registered:  # its request ended while this step was in flight
+                continue
             target = out[row, : self._vocab_size]
             if own not in self._failed and key not in self._rows:
                 self._process(own, key, tokens[row, : key[1] + 1].tolist(), target)

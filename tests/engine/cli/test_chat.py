@@ -227,11 +227,16 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._here, text.encode())
 
-    def read_until(self, pattern: str) -> str:
-        """What appears, up to a match. Fails after a minute without a new character."""
+    def read_until(self, pattern: str, nudge: str = "") -> str:
+        """What appears, up to a match. Fails after a minute without a new character; `nudge` is typed again in between."""
         shown = ""
         while not re.search(pattern, shown):
-            ready, _, _ = select.select([self._here], [], [], 60)
+            ready: list[int] = []
+            for _ in range(12):
+                ready, _, _ = select.select([self._here], [], [], 5)
+                if ready:
+                    break
+                self.type(nudge)
             assert ready, shown
             try:
                 shown += os.read(self._here, 1024).decode(errors="replace")
@@ -258,8 +263,11 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_which_is_remembered_and_ctrl_d_lea
     assert stopped and 0 < int(stopped[2]) < 900
     terminal.type("/rest\n")
     terminal.read_until(r"pagefork: there is no command /rest; /help lists them\r\n(.|\s)*> ")
-    terminal.type("half a line\x03")
-    terminal.read_until("> ")
+    terminal.type("half a line")
+    terminal.read_until("half a line")
+    # A signal that comes right before the line editor waits for a key is seen with the next key only.
+    terminal.type("\x03")
+    terminal.read_until("> ", nudge="\x03")
     terminal.type("def\n")
     terminal.read_until(r"def\r\n[^\n]*\n")
     terminal.type("\x03")
