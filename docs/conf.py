@@ -21,7 +21,6 @@ source_suffix = {".md": "markdown"}
 html_theme = "furo"
 html_title = f"Pagefork {version}"
 myst_heading_anchors = 3
-nitpicky = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

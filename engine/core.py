@@ -204,5 +204,5 @@ def _interrupt_deferred() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-    if caught:
-        handler(*caught[0])
+        if caught:  # also when the block raised
+            handler(*caught[0])

@@ -95,30 +95,12 @@ class Tokenizer:
         """Token ids of a piece of text, with nothing added. Raises InvalidRequestError as encode does."""
         return self._encode(text, add_special_tokens=False)
 
-    def render_chat(
-        self,
-        messages: list[dict[str, Any]],
-        /,
-        *,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: list[dict[str, Any]] | None = None,
-        **template_kwargs: Any,
-    ) -> list[int]:
+    def render_chat(self, messages: list[dict[str, Any]], /, **arguments: Any) -> list[int]:
         """Token ids of a conversation; templates write their special tokens themselves, so none are added.
 
         Arguments and errors are those of ChatTemplate.render.
         """
-        text = self.chat_text(
-            messages,
-            chat_template=chat_template,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tools=tools,
-            **template_kwargs,
-        )
-        return self.encode_plain(text)
+        return self.encode_plain(self.chat_text(messages, **arguments))
 
     def chat_text(self, messages: list[dict[str, Any]], /, **arguments: Any) -> str:
         """The text of a conversation. Arguments and errors are those of ChatTemplate.render."""
