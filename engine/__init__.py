@@ -30,7 +30,11 @@ if TYPE_CHECKING:
     from pagefork.scheduler.errors import PageforkError as PageforkError
     from pagefork.scheduler.errors import ParameterError as ParameterError
     from pagefork.scheduler.errors import StepFailedError as StepFailedError
+    from pagefork.scheduler.errors import ValueFunctionError as ValueFunctionError
     from pagefork.scheduler.params import SamplingParams as SamplingParams
+    from pagefork.scheduler.search_params import BeamSearchParams as BeamSearchParams
+    from pagefork.scheduler.search_params import ContrastiveSearchParams as ContrastiveSearchParams
+    from pagefork.scheduler.search_params import MCTSParams as MCTSParams
 
 __version__ = "0.1.0"
 
@@ -53,8 +57,10 @@ _NAMES_OF = {
         "PageforkError",
         "ParameterError",
         "StepFailedError",
+        "ValueFunctionError",
     ],
     "scheduler.params": ["SamplingParams"],
+    "scheduler.search_params": ["BeamSearchParams", "ContrastiveSearchParams", "MCTSParams"],
 }
 _HOME = {name: module for module, names in _NAMES_OF.items() for name in names}
 

@@ -47,7 +47,7 @@ class Admission:
         if not isinstance(priority, int):
             raise InvalidRequestError(f"priority={priority!r} must be an integer; lower runs earlier")
         if not isinstance(params, CommonParams):
-            raise InvalidRequestError(f"params must be SamplingParams, got {type(params).__name__}")
+            raise InvalidRequestError(f"params must be SamplingParams or those of another strategy, got {type(params).__name__}")
         ids = self._tokens(prompt)
         if len(ids) >= self._max_model_len:
             raise InvalidRequestError(
@@ -108,9 +108,8 @@ class Admission:
         self._check_range("stop_token_ids", params.stop_token_ids)
         self._check_range("allowed_token_ids", params.allowed_token_ids or ())
         self._check_range("logit_bias", list(params.logit_bias or ()))
-        needs_text = bool(params.stop or params.bad_words) or (isinstance(params, SamplingParams) and params.rank_by is not None)
-        if needs_text and self._tokenizer is None:
-            raise ParameterError("stop, bad_words and rank_by need a tokenizer, which the checkpoint doesn't have")
+        if params.needs_text and self._tokenizer is None:
+            raise ParameterError("stop, bad_words, rank_by and value_fn need a tokenizer, which the checkpoint doesn't have")
 
     def _prompt_logprobs(self, params: CommonParams) -> int | None:
         """How many top log-probs to read at each prompt token; None: nothing."""
@@ -119,22 +118,14 @@ class Admission:
         return None if asked is None else vocab if asked < 0 else min(asked, vocab)
 
     def _rules(self, params: CommonParams) -> StopTexts | None:
-        rank_by = isinstance(params, SamplingParams) and params.rank_by is not None
-        if self._tokenizer is None or not (params.stop or rank_by):
+        if self._tokenizer is None or not params.needs_text:
             return None
         return StopTexts(self._tokenizer, params.stop, params.skip_special_tokens)
 
     def _spec(self, request_id: str, prompt_len: int, params: CommonParams, end_ids: frozenset[int]) -> Spec:
-        own: dict[str, Any] = {}
-        if isinstance(params, SamplingParams):
-            own = {
-                "temperature": 0.0 if params.greedy else params.temperature,
-                "top_k": max(0, params.top_k),
-                "top_p": params.top_p,
-                "min_p": params.min_p,
-                "processed": params.logprobs_mode == "processed",
-                "seed": _mix(self._seed, request_id) if params.seed is None else params.seed,
-            }
+        own = params.drawing()
+        if own.get("seed") is None:
+            own["seed"] = _mix(self._seed, request_id)
         return Spec(
             prompt_len=prompt_len,
             repetition_penalty=params.repetition_penalty,

@@ -86,8 +86,6 @@ class Sampler:
             raise ValueError(f"no read-out for {probe.kind.name}; there are {', '.join(kind.name for kind in self._readers)}")
         if logits.ndim != 2 or logits.shape[1] != self._vocab_size:
             raise ValueError(f"logits must be of shape [rows, {self._vocab_size}], not {list(logits.shape)}")
-        if probe.similarity is not None or probe.mask is not None:
-            raise ValueError(f"{probe.kind.name} reads no similarity; leave `similarity` and `mask` of the probe None")
         reads, emptied = self._readers[probe.kind](logits, probe, index, position)
         if reads.bad.any():
             reads.why = {i: self._why(int(probe.slot[i])) for i in emptied.cpu().nonzero()[:, 0].tolist()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
+from .accounting import Trace, Usage
 from .errors import PageforkError
 from .group import Group, State, TokenTree, append_each
 from .kv_manager import KVManager
@@ -15,7 +16,10 @@ from .strategies.base import Ask, Drop, Edit, Emit, Finish, Grow, Ids, Read
 
 
 class Update(msgspec.Struct):
-    """What happened to a request in a step, in order; `scores` are of its prompt. `done`: it is over; `error`: why it failed."""
+    """What happened to a request in a step, in order; `scores` are of its prompt. `done`: it is over; `error`: why it failed.
+
+    `usage` and `trace` come with the last one.
+    """
 
     request_id: str
     events: list[Emit | Finish] = []
@@ -24,6 +28,8 @@ class Update(msgspec.Struct):
     done: bool = False
     cached_tokens: int = 0
     preemptions: int = 0
+    usage: Usage | None = None
+    trace: Trace | None = None
     error: PageforkError | None = None
 
 
@@ -135,7 +141,6 @@ def fork_now(kv: KVManager, slots: Slots, group: Group, read: Read) -> list[int]
     table.stream[dst] = table.stream[src] if read.stream is None else [read.stream[i] for i in new]
     children: list[int] = dst.tolist()
     slots.open(children)
-    group.expect += len(children)
     for source, child in zip(src.tolist(), children, strict=True):
         if source in group.text:
             group.text[child] = group.text[source]

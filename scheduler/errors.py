@@ -38,6 +38,10 @@ class NoTokenError(PageforkError):
     """A request's own bans, bias, penalties or logits processors left no token to draw, or a processor of its failed."""
 
 
+class ValueFunctionError(PageforkError):
+    """A request's value function raised, returned something else than one finite number per leaf, or took too long."""
+
+
 class StepFailedError(PageforkError):
     """The step that computed this request raised; the cause is attached."""
 

@@ -72,7 +72,7 @@ def append_each(trees: list[TokenTree], parents: list[int], tokens: list[int]) -
 class Group:
     """One request's sequences, its strategy, and the blocks that all of them share (`trunk`, one reference each).
 
-    `expect`: running sequences whose read-out of this generation is outstanding. `asked`: an Ask is out.
+    `expect`: rows whose read-out of this generation is outstanding. `asked`: an Ask is out.
     `flights`: plans in flight that hold rows of the group. `scored`: prompt positions at which the next token's log-prob
     was read, in requests that ask for it; else all of them.
     """

@@ -28,16 +28,18 @@ FOREIGN_NAMES = {
         "stop_strings": "stop",
         "bad_words_ids": "bad_words",
         "typical_p": "top_p or min_p",
+        "num_beams": "BeamSearchParams(beam_width=...)",
+        "use_beam_search": "BeamSearchParams(beam_width=...)",
+        "penalty_alpha": "ContrastiveSearchParams(alpha=...)",
     }.items()
 } | {
-    name: f"{strategy} search is not supported"
-    for name, strategy in {
-        "num_beams": "beam",
-        "use_beam_search": "beam",
-        "length_penalty": "beam",
-        "early_stopping": "beam",
-        "penalty_alpha": "contrastive",
+    name: f"it belongs to {owner}"
+    for owner, names in {
+        "BeamSearchParams": ("beam_width", "length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty"),
+        "ContrastiveSearchParams": ("alpha", "momentum", "adaptive"),
+        "MCTSParams": ("num_simulations", "c_puct", "rollout_tokens", "leaf_batch_size", "value_fn", "visit_temperature"),
     }.items()
+    for name in names
 }
 
 # Called with the prompt's token ids, the output's token ids so far, and the logits, a float32 torch tensor [vocabulary];
@@ -47,6 +49,17 @@ Probability = Annotated[float, Meta(gt=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 StopString = Annotated[str, Meta(min_length=1)]
+Seed = (
+    Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=2**63 - 1,
+            description="Makes the draws reproducible; None: derived from the engine's seed and the request id",
+        ),
+    ]
+    | None
+)
 
 
 class CommonParams(Checked, frozen=True, kw_only=True):
@@ -81,7 +94,9 @@ class CommonParams(Checked, frozen=True, kw_only=True):
         | None
     ) = None
     logits_processors: Sequence[LogitsProcessor] | None = None
+    trace: Annotated[bool, Meta(description="Report how the outputs came about, when they are complete")] = False
 
+    needs_hidden_states: ClassVar[bool] = False
     error: ClassVar[type[PageforkError]] = ParameterError
     foreign: ClassVar[dict[str, str]] = FOREIGN_NAMES
     noun: ClassVar[str] = "parameter"
@@ -102,6 +117,15 @@ class CommonParams(Checked, frozen=True, kw_only=True):
                 raise ParameterError(
                     f"logit_bias[{token}]={bias} is not a finite 32-bit float; to ban a token use allowed_token_ids or bad_words"
                 )
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether generated text matters while it is generated, so that there has to be a tokenizer."""
+        return bool(self.stop or self.bad_words)
+
+    def drawing(self) -> dict[str, Any]:
+        """The fields of a Spec that say how draws come from logits; a `seed` of None is the engine's to choose."""
+        return {}
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
@@ -132,17 +156,7 @@ class SamplingParams(CommonParams, frozen=True, kw_only=True, tag="sampling"):
     top_k: Annotated[int, Meta(ge=-1, lt=2**31, description="Keep the k most probable tokens; 0 or -1: off")] = 0
     top_p: Annotated[Probability, Meta(description="Keep the smallest set of tokens with this mass")] = 1.0
     min_p: Annotated[float, Meta(ge=0, le=1, description="Keep tokens at least this fraction as probable as the best")] = 0.0
-    seed: (
-        Annotated[
-            int,
-            Meta(
-                ge=0,
-                le=2**63 - 1,
-                description="Makes the draws reproducible; None: derived from the engine's seed and the request id",
-            ),
-        ]
-        | None
-    ) = None
+    seed: Seed = None
     prompt_logprobs: (
         Annotated[int, Meta(ge=-1, description="As logprobs, for the tokens of the prompt; they are not taken from the cache")]
         | None
@@ -171,6 +185,22 @@ class SamplingParams(CommonParams, frozen=True, kw_only=True, tag="sampling"):
     def width(self) -> int:
         """Sequences that run at once."""
         return self.best_of or self.n
+
+    @property
+    def needs_text(self) -> bool:
+        """rank_by sees the text."""
+        return self.rank_by is not None or super().needs_text
+
+    def drawing(self) -> dict[str, Any]:
+        """The fields of a Spec that say how draws come from logits."""
+        return {
+            "temperature": 0.0 if self.greedy else self.temperature,
+            "top_k": max(0, self.top_k),
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "processed": self.logprobs_mode == "processed",
+            "seed": self.seed,
+        }
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> SamplingParams:

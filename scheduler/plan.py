@@ -118,28 +118,32 @@ class Kind(IntEnum):
 
     SAMPLE = 0  # draw a token; it becomes the slot's last token
     TOPN = 1  # the n most probable tokens with their log-prob and processed probability
-    MERGE = 2  # the n best (sequence, token) pairs of a group, scores accumulated
+    MERGE = 2  # the n best (sequence, token) pairs of a search, scores accumulated
     TARGET = 3  # log-probs of given tokens
 
 
 class Probe(msgspec.Struct):
     """One kind of read-out at P places. Several entries may name one position, with different slots.
 
-    The slot gives spec, stream and history; the position the drawn token would have keys the draw.
-    The optional arrays belong to single kinds: `target` to TARGET; `groups` (offsets), `keep` and `bias`
-    to MERGE; `similarity` and `mask` to TOPN of candidate rows.
+    The slot gives spec, stream and history; the position the drawn token would have keys the draw. The rest belongs to
+    single kinds.
+
+    TOPN: `processed` takes the tokens that are the most probable after processing instead of those with the best reported
+    log-probs. `window` reads the similarity of the position to earlier ones too: to the last window[p], or to all where
+    that is 0.
+    MERGE: entries groups[g] .. groups[g+1] are the live sequences of one search, `bias` their scores so far.
+    TARGET: `target` are the tokens that are scored.
     """
 
     kind: Kind
     at: Ints  # [P] index into Rows.tokens
     slot: Ints  # [P]
     n: int = 0
-    target: Ints | None = None
-    groups: Ints | None = None
-    keep: Ints | None = None
-    bias: Floats | None = None
-    similarity: Bools | None = None
-    mask: Bools | None = None
+    processed: bool = False
+    window: Ints | None = None  # [P]
+    groups: Ints | None = None  # [G+1]
+    bias: Floats | None = None  # [P]
+    target: Ints | None = None  # [P]
 
 
 class Plan(msgspec.Struct):
@@ -159,8 +163,15 @@ class Plan(msgspec.Struct):
 class Reads(msgspec.Struct):
     """What one Probe found; arrays parallel to its entries, None where the kind has no such thing.
 
-    TOPN orders by log-prob (descending, ties to the lower id); columns past the vocabulary are id -1. TARGET gives
-    logp, rank, top_id and top_logp. `why` says what made an entry bad if it was not the model, by index.
+    TOPN orders by log-prob (descending, ties to the lower id), or by p where the probe says `processed`; columns past the
+    vocabulary, and those without a chance, are id -1. TARGET gives logp, rank, top_id and top_logp.
+
+    MERGE has one row per group: the n best pairs of an entry (`parent`, its index) and a token (`top_id`) by `score`:
+    bias + log-prob, processed by the stages before the temperature and not renormalised; ties to the lower parent, then
+    to the lower id. Where there are fewer, parent and id are -1. top_logp is the log-prob that the spec reports.
+
+    `why` says what made an entry bad if it was not the model, by index. An entry of MERGE is bad if the model's logits
+    are, and all entries of a group are if processing left nothing of any.
     """
 
     bad: Bools  # [P] NaN or only -inf: the other fields of this entry mean nothing
@@ -169,10 +180,11 @@ class Reads(msgspec.Struct):
     rank: Ints | None = None  # [P], 1 is the most probable; 0 where the spec did not ask
     top_id: Ints | None = None  # [P, n]
     top_logp: Floats | None = None  # [P, n]
-    top_p: Floats | None = None  # [P, n]
-    parent: Ints | None = None
-    score: Floats | None = None
-    sim: Floats | None = None
+    top_p: Floats | None = None  # [P, n], the processed probability
+    top_rank: Ints | None = None  # [P, n] or [G, n], as rank; MERGE, and TOPN that is `processed`
+    parent: Ints | None = None  # [G, n]
+    score: Floats | None = None  # [G, n]
+    sim: Floats | None = None  # [P], the largest cosine; -1 where nothing is earlier
     why: dict[int, str] = {}
 
 

@@ -18,8 +18,20 @@ if TYPE_CHECKING:
 
 _NARROW = 64  # up to this width a group's sequences are given as a list: arrays of few elements are slow
 
-# What one group reads in a step: for which sequences and, per Read, (index of the probe, begin, end, n).
-Segment = tuple[Group, Ids, list[tuple[int, int, int, int]]]
+
+class Cut(NamedTuple):
+    """Where one Read stands: entries [begin, end) of a probe, and rows [first, last) of what it finds, n columns wide."""
+
+    probe: int
+    begin: int
+    end: int
+    n: int
+    first: int
+    last: int
+
+
+# What one group reads in a step: for which sequences, off how many rows, and where each of its Reads stands.
+Segment = tuple[Group, Ids, int, list[Cut]]
 
 
 class Entries:
@@ -45,16 +57,18 @@ class Entries:
 
 
 _SAMPLE = Kind.SAMPLE
-_OPTIONAL = ("groups", "keep", "bias", "similarity", "mask")
+_OPTIONAL = ("window", "bias")
+_Key = tuple[int, bool, int, tuple[str, ...]]
 
 
 class _Collected:
-    """The Reads of one kind with the same optional fields."""
+    """The Reads that go into one probe: of one kind, with the same optional fields."""
 
     def __init__(self, kind: Kind, fields: tuple[str, ...], probe: int) -> None:
         self.kind = kind
         self.fields = fields
         self.probe = probe
+        self.groups = 0
         self.at = Entries()
         self.forks: list[tuple[int, int, Ids]] = []  # entries that are read for other sequences than those they read at
         self.reads: list[Read] = []
@@ -65,21 +79,25 @@ class _Collected:
         for begin, end, forked in self.forks:
             seqs[begin:end] = forked
         extra: dict[str, Any] = {name: np.concatenate([getattr(read, name) for read in reads]) for name in self.fields}
+        if reads[0].groups is not None:
+            ends = np.cumsum([0, *(len(read.at) for read in reads)])
+            extra["groups"] = ints(np.concatenate([[0], *(read.groups[1:] + end for read, end in zip(reads, ends))]))  # type: ignore[index]
         n = max(read.n for read in reads)
-        return Probe(self.kind, offset[kv.table.row[at] + 1] - 1, kv.table.slot[seqs], n, **extra)
+        return Probe(self.kind, offset[kv.table.row[at] + 1] - 1, kv.table.slot[seqs], n, reads[0].processed, **extra)
 
 
 class ProbeTable:
-    """Collects the Reads of all groups into one Probe per kind and set of optional fields."""
+    """Collects the Reads of all groups into few Probes, each of one kind and set of optional fields."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[int, tuple[str, ...]], _Collected] = {}
+        self._found: dict[_Key, _Collected] = {}
         self._order: list[_Collected] = []
 
-    def add(self, read: Read) -> tuple[int, int, int, int]:
-        """Where the read's entries stand: (probe, begin, end, n)."""
+    def add(self, read: Read) -> Cut:
+        """Where the read's entries stand."""
         fields = () if read.kind is _SAMPLE else tuple(name for name in _OPTIONAL if getattr(read, name) is not None)
-        key = (int(read.kind), fields)
+        # Searches of one width are merged together: the columns of a wide one are not spent on narrow ones.
+        key = (int(read.kind), read.processed, read.n if read.groups is not None else 0, fields)
         collected = self._found.get(key)
         if collected is None:
             collected = self._found[key] = _Collected(read.kind, fields, len(self._order))
@@ -88,7 +106,11 @@ class ProbeTable:
         begin, end = collected.at.add(read.at)
         if read.seqs is not None:
             collected.forks.append((begin, end, read.seqs))
-        return collected.probe, begin, end, read.n
+        if read.groups is None:
+            return Cut(collected.probe, begin, end, read.n, begin, end)
+        first = collected.groups
+        collected.groups += len(read.groups) - 1
+        return Cut(collected.probe, begin, end, read.n, first, collected.groups)
 
     def probes(self, kv: KVManager, offset: Ints) -> list[Probe]:
         return [collected.table(kv, offset) for collected in self._order]
@@ -132,5 +154,5 @@ def ask(chosen: Chosen, groups: dict[int, Group], kv: KVManager, slots: Slots, p
             continue
         seqs = reads[0].at if reads[0].seqs is None else reads[0].seqs
         read_for.add(seqs)
-        segments.append((group, seqs, parts))
+        segments.append((group, seqs, end - begin, parts))
     return Asked(segments, read_for.array(), ints(children), broken)

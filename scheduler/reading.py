@@ -9,12 +9,12 @@ import numpy as np
 
 from .group import Group
 from .plan import Ints, Longs, Reads, ints
-from .probing import Segment
+from .probing import Cut, Segment
 from .scoring import Part
 from .strategies.base import Ids, Samples
 
-_FIELDS = ("token", "logp", "rank", "top_id", "top_logp", "top_p", "parent", "score", "sim")
-_WIDE = ("top_id", "top_logp", "top_p")
+_FIELDS = ("token", "logp", "rank", "top_id", "top_logp", "top_p", "top_rank", "parent", "score", "sim")
+_WIDE = ("top_id", "top_logp", "top_p", "top_rank", "parent", "score")
 
 
 class Flight(NamedTuple):
@@ -44,39 +44,42 @@ class Reading:
                 assert read.logp is not None and read.rank is not None
                 self._samples[index] = read.token.tolist(), read.logp.tolist(), read.rank.tolist()
 
-    def bad(self, parts: list[tuple[int, int, int, int]]) -> bool:
+    def bad(self, parts: list[Cut]) -> bool:
         """Whether any of the parts met NaN or nothing but -inf."""
-        return any(bool(self._reads[probe].bad[begin:end].any()) for probe, begin, end, _ in parts)
+        return any(bool(self._reads[part.probe].bad[part.begin : part.end].any()) for part in parts)
 
-    def why(self, parts: list[tuple[int, int, int, int]]) -> str | None:
+    def why(self, parts: list[Cut]) -> str | None:
         """What made an entry of the parts bad, where it was not the model."""
-        return next(iter(why for probe, begin, end, _ in parts if (why := first_why(self._reads[probe], begin, end))), None)
+        return next(iter(why for part in parts if (why := first_why(self._reads[part.probe], part.begin, part.end))), None)
 
-    def of(self, parts: list[tuple[int, int, int, int]], keep: list[int] | None = None) -> list[Any]:
+    def of(self, parts: list[Cut], keep: list[int] | None = None) -> list[Any]:
         """One item per part, Samples or Reads; `keep` are the positions of entries that still count."""
         found: list[Any] = []
-        for probe, begin, end, n in parts:
-            columns = self._samples.get(probe)
+        for part in parts:
+            columns = self._samples.get(part.probe)
             if columns is None:
-                found.append(self._cut(probe, begin, end, n, keep))
+                found.append(self._cut(part, keep))
             elif keep is None:
-                found.append(Samples(begin, *columns))
+                found.append(Samples(part.begin, *columns))
             else:
                 token, logp, rank = columns
-                at = [begin + i for i in keep]
+                at = [part.begin + i for i in keep]
                 found.append(Samples(0, [token[i] for i in at], [logp[i] for i in at], [rank[i] for i in at]))
         return found
 
-    def _cut(self, probe: int, begin: int, end: int, n: int, keep: list[int] | None) -> Reads:
-        read = self._reads[probe]
-        fields: dict[str, Any] = {"bad": read.bad[begin:end]}
+    def _cut(self, part: Cut, keep: list[int] | None) -> Reads:
+        read = self._reads[part.probe]
+        fields: dict[str, Any] = {}
         for name in _FIELDS:
             column = getattr(read, name)
             if column is not None:
-                fields[name] = column[begin:end, :n] if name in _WIDE else column[begin:end]
-        if keep is not None:
+                fields[name] = column[part.first : part.last, : part.n] if name in _WIDE else column[part.first : part.last]
+        if read.parent is not None:  # a search reads whole generations, so none of its sequences has gone meanwhile
+            fields["parent"] = np.where(fields["parent"] < 0, -1, fields["parent"] - part.begin)
+        elif keep is not None:
             fields = {name: column[keep] for name, column in fields.items()}
-        return Reads(**fields)
+        bad = read.bad[part.begin : part.end]
+        return Reads(bad if keep is None else bad[keep], **fields)
 
 
 def first_why(reads: Reads, begin: int, end: int) -> str | None:
@@ -99,6 +102,9 @@ def join(parts: Sequence[Any], counts: list[int]) -> Any:
     if isinstance(parts[0], Samples):
         at = [(part, i) for part, count in zip(parts, counts, strict=True) for i in range(part.begin, part.begin + count)]
         return Samples(0, [part.token[i] for part, i in at], [part.logp[i] for part, i in at], [part.rank[i] for part, i in at])
+    if parts[0].parent is not None:
+        for part, begin in zip(parts, np.cumsum([0, *counts]), strict=False):
+            part.parent = np.where(part.parent < 0, -1, part.parent + begin)
     return joined(parts)
 
 

@@ -179,7 +179,7 @@ class Scheduler:
         for part in flight.scores:
             self._score(part, result.reads[-1], touched)
         position, ended = 0, State.ENDED
-        for group, seqs, parts in flight.segments:
+        for group, seqs, rows, parts in flight.segments:
             begin, position = position, position + len(seqs)
             if group.state is ended:
                 continue
@@ -199,7 +199,7 @@ class Scheduler:
                 seqs = [int(seqs[i]) for i in keep]  # noqa: PLW2901
             reads = reading.of(parts, keep)
             if group.strategy.lockstep:
-                group.expect -= len(seqs)
+                group.expect -= rows
                 group.held.append((seqs, reads))
                 if group.expect:
                     continue

@@ -15,7 +15,7 @@ FILES = sorted(path for folder in PACKAGE_OF for path in (ROOT / folder).rglob("
 # Decoding strategies have names in their own files, in the parameters that ask for them, and where users meet them;
 # generation_config.json is a file of transformers with names of its own.
 NAMES_STRATEGIES = [
-    *("scheduler/strategies/", "scheduler/params.py"),
+    *("scheduler/strategies/", "scheduler/params.py", "scheduler/search_params.py"),
     *("engine/__init__.py", "engine/cli/", "engine/demo/", "engine/generation_config.py"),
 ]
 

@@ -28,7 +28,7 @@ PUBLIC = {
     *("RequestOutput", "CompletionOutput", "Logprob", "RequestMetrics", "EngineStats"),
     *("PageforkError", "InvalidRequestError", "ParameterError", "ConfigError", "ModelError"),
     *("KVExhaustedError", "NoTokenError", "NumericError", "StepFailedError", "EngineDeadError", "EngineMisuseError"),
-    "BlockAccountingError",
+    *("BlockAccountingError", "ValueFunctionError", "BeamSearchParams", "ContrastiveSearchParams", "MCTSParams"),
     "__version__",
 }
 

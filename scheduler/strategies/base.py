@@ -17,7 +17,7 @@ import msgspec
 
 from ..errors import ParameterError
 from ..params import CommonParams
-from ..plan import Bools, Floats, Ints, Kind
+from ..plan import Floats, Ints, Kind
 from ..request import Request
 
 if TYPE_CHECKING:
@@ -76,10 +76,15 @@ class Finish(msgspec.Struct):
 
 
 class Ask(msgspec.Struct):
-    """Wait for values that are computed outside the step; Strategy.answer gets them. Others run on."""
+    """Wait for numbers that are computed outside the step: `function(items)` returns one for each item.
 
-    name: str
-    seqs: Ids
+    It runs in a thread of its own and has `timeout` seconds; Strategy.answer gets the numbers. Others run on. A group has
+    one Ask at a time.
+    """
+
+    function: Callable[[list[Any]], Sequence[float]]
+    items: list[Any]
+    timeout: float
 
 
 Edit = Grow | Drop | Emit | Finish | Ask
@@ -96,7 +101,8 @@ class Read(msgspec.Struct):
     """A Probe in terms of sequences: read at the last position of `at[i]`, on behalf of `seqs[i]`.
 
     `seqs` defaults to `at`. Ids in it that were just made by Group.fresh are forked from `at[i]` in the
-    same plan, with `stream[i]`: several draws from one forward.
+    same plan, with `stream[i]`: several draws from one forward. `groups` are offsets into `at`, from 0 to its length; the
+    order of `at` is the strategy's to choose, and breaks ties of MERGE.
     """
 
     kind: Kind
@@ -104,11 +110,10 @@ class Read(msgspec.Struct):
     seqs: Ids | None = None
     stream: Ids | None = None
     n: int = 0
+    processed: bool = False
+    window: Ints | None = None
     groups: Ints | None = None
-    keep: Ints | None = None
     bias: Floats | None = None
-    similarity: Bools | None = None
-    mask: Bools | None = None
 
 
 class Samples(msgspec.Struct, gc=False):
@@ -144,8 +149,10 @@ class Strategy(Protocol):
     def advance(self, group: Group, seqs: Ids, reads: list[Any]) -> list[Edit]:
         """What follows from the reads, one item per Read of `probe`: Samples for SAMPLE, else Reads.
 
-        `seqs` are the sequences that were read (Read.seqs of the first). Afterwards the group must have a
-        sequence to run, an Ask in flight, or all outputs finished.
+        `seqs` are the sequences that were read (Read.seqs of the first). Entries are numbered as in `seqs`. A generation
+        whose rows took several steps comes with the reads of those steps one after another: MERGE then has the groups of
+        each, best of their own, so that what is best over all is left to choose here. What was read and is neither grown
+        nor dropped is parked. Afterwards the group must have a sequence to run, an Ask in flight, or all outputs finished.
         """
 
     def answer(self, group: Group, values: list[float]) -> list[Edit]:
@@ -153,6 +160,9 @@ class Strategy(Protocol):
 
     def shed(self, group: Group) -> Ids:
         """Parked sequences whose blocks may go, first to go first; they stay alive and are recomputed when grown."""
+
+    def trace(self) -> list[Any]:
+        """What happened, one Struct per step, where the request asked for a trace; bounded."""
 
 
 class Base:
@@ -167,6 +177,10 @@ class Base:
 
     def shed(self, group: Group) -> Ids:
         """Nothing is parked."""
+        return []
+
+    def trace(self) -> list[Any]:
+        """Nothing beyond the outputs."""
         return []
 
 

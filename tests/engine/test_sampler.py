@@ -333,9 +333,6 @@ def test_what_can_not_be_read_is_an_error_that_says_so() -> None:
     sampler = opened([Spec(prompt_len=1)], [[]])
     with pytest.raises(ValueError, match="no read-out for MERGE; there are SAMPLE, TOPN, TARGET"):
         read(sampler, torch.zeros(1, VOCAB), [0], [0], Kind.MERGE)
-    similar = Probe(kind=Kind.TOPN, at=ints([0]), slot=ints([0]), n=2, similarity=np.array([True]))
-    with pytest.raises(ValueError, match="TOPN reads no similarity"):
-        sampler.read(torch.zeros(1, VOCAB), similar, torch.tensor([0]), np.array([0]))
     with pytest.raises(ValueError, match=r"shape \[rows, 97\], not \[1, 98\]"):
         read(sampler, torch.zeros(1, VOCAB + 1), [0], [0])
     fields = (

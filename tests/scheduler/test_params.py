@@ -45,7 +45,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 2**63}, "top_k=9223372036854775808 is refused"),
     ({"no_repeat_ngram_size": 2**31}, "no_repeat_ngram_size=2147483648 is refused"),
     ({"logprobs_mode": "cooked"}, "logprobs_mode='cooked' is refused: it is one of 'raw', 'processed'"),
-    ({"num_beams": 4}, r"no parameter 'num_beams'; beam search is not supported"),
+    ({"num_beams": 4}, r"no parameter 'num_beams'; here it is called BeamSearchParams\(beam_width="),
     ({"max_new_tokens": 4}, "no parameter 'max_new_tokens'; here it is called max_tokens"),
     ({"num_return_sequences": 4}, "here it is called n"),
     ({"tempreature": 1}, "no parameter 'tempreature'; it has max_tokens"),

@@ -111,7 +111,7 @@ class LookToy(Base):
             self.node = int(seqs[0])
             return self._expand(group, tops[self.node])
         self.children = {seq: (self.children[seq][0], top) for seq, top in tops.items()}
-        return [Ask("value", list(self.children))]
+        return [Ask(list, list(self.children), 60.0)]
 
     def answer(self, group: Group, values: list[float]) -> list[Edit]:
         best = list(self.children)[int(np.argmax(values))]
