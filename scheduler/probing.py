@@ -80,10 +80,8 @@ class _Collected:
             seqs[begin:end] = forked
         extra: dict[str, Any] = {name: np.concatenate([getattr(read, name) for read in reads]) for name in self.fields}
         if reads[0].groups is not None:
-            ends = np.cumsum([len(read.at) for read in reads])
-            parts = [
-                read.groups[1:] + end - len(read.at) for read, end in zip(reads, ends, strict=True) if read.groups is not None
-            ]
+            begins = np.cumsum([0, *(len(read.at) for read in reads)])
+            parts = [read.groups[1:] + begin for read, begin in zip(reads, begins, strict=False) if read.groups is not None]
             extra["groups"] = ints(np.concatenate([[0], *parts]))
         n = max(read.n for read in reads)
         return Probe(self.kind, offset[kv.table.row[at] + 1] - 1, kv.table.slot[seqs], n, reads[0].processed, **extra)

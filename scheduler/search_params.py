@@ -31,7 +31,7 @@ class BeamSearchParams(CommonParams, frozen=True, kw_only=True, tag="beam"):
     early_stopping: Annotated[
         bool | Literal["never"],
         Meta(
-            description="Stop with beam_width finished outputs; false: when a better one is unlikely; never: when none is possible"
+            description="Stop with beam_width finished ones; false: when a better one is unlikely; never: when none is possible"
         ),
     ] = False
     num_beam_groups: Annotated[_Width, Meta(description="Groups that search apart; divides beam_width")] = 1
