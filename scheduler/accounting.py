@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start. Tokens, except where named otherwise."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    forward_tokens: int = 0
+    forks: int = 0
+    blocks_copied: int = 0
 
 
 class Usage(msgspec.Struct):

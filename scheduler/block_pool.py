@@ -85,20 +85,28 @@ class BlockPool:
         np.add.at(self.refs, blocks, 1)
         self.refs[SINK] = 1
 
-    def release(self, blocks: Ints) -> None:
-        """One reference less for every entry, given in table order so that tails are evicted before heads."""
+    def release(self, blocks: Ints) -> Ints:
+        """One reference less for every entry; the blocks that nobody holds after that.
+
+        Entries are given in table order, so that tails are evicted before heads.
+        """
         np.subtract.at(self.refs, blocks, 1)
         self.refs[SINK] = 1
-        freed = blocks[self.refs[blocks] == 0]
+        freed: Ints = blocks[self.refs[blocks] == 0]
         if freed.size == 0:
-            return
-        for block in reversed(dict.fromkeys(freed.tolist())):
-            if self.uid[block]:
+            return freed
+        if freed.size > 1:
+            freed = freed[np.sort(np.unique(freed, return_index=True)[1])[::-1]]
+        published = self.uid[freed] != 0
+        if published.any():
+            for block in freed[published].tolist():
                 self._cached.pop(block, None)
                 self._cached[block] = None
                 self._idle += 1
-            else:
-                self._blank.append(block)
+            self._blank += freed[~published].tolist()
+        else:
+            self._blank += freed.tolist()
+        return freed
 
     def check(self, held: Ints) -> None:
         """Raise BlockAccountingError unless references equal `held` (every reference of every table, flat)."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import msgspec
 import numpy as np
 
 from .accounting import Trace, Usage
 from .errors import PageforkError
-from .group import Group, State, TokenTree, append_each
+from .group import Group, State, append_each
 from .kv_manager import KVManager
-from .plan import Ints, ints
+from .plan import Bools, Ints, ints
 from .scoring import Scored
+from .sequences import tally
 from .slots import Slots
 from .strategies.base import Ask, Drop, Edit, Emit, Finish, Grow, Ids, Read
 
@@ -34,116 +37,187 @@ class Update(msgspec.Struct):
 
 
 class Editor:
-    """Applies edits. Appends are collected over all groups and done at once by `flush`."""
+    """Takes the edits of all groups in a step, and carries out what they mean for blocks and slots in one go: `flush`."""
 
     def __init__(self, kv: KVManager, slots: Slots) -> None:
         self._kv = kv
         self._slots = slots
         self.emitted = 0  # tokens, since the start
-        self._appends: list[tuple[TokenTree, Ids, Ids]] = []
+        self._groups: dict[int, Group] = {}
+        self._rounds: list[list[tuple[Group, Grow]]] = []  # the first Grow of each group, the second of each, ...
+        self._reads: list[Ids] = []  # what was read and may have to be parked
+        self._grown: list[Ids] = []
+        self._drops: list[Ids] = []
 
-    def apply(self, group: Group, edits: list[Edit], update: Update, read: Ids = ()) -> None:
-        """Carry out what a group's strategy decided after `read` was read.
+    def apply(self, group: Group, edits: list[Edit], update: Update, read: Ids = (), children: Ids = ()) -> None:
+        """Take what a group's strategy decided after `read` was read, and read for `children` too.
 
-        Forks share before anything is dropped; what is dropped, or was read and not grown, gives its slot before
-        forks take any.
+        Raises RuntimeError for edits that can't be carried out; nothing of them will be.
         """
-        forks: list[tuple[Ints, Ints]] = []
-        dropped: list[Ids] = []
-        grown: list[Ids] = []
+        if group.number in self._groups:
+            self.flush()
+        grows: list[Grow] = []
+        drops: list[Ids] = []
+        events: list[Emit | Finish] = []
+        asks: list[Ask] = []
         for edit in edits:
-            if isinstance(edit, Emit):
-                self.emitted += len(edit.tokens)
-                update.events.append(edit)
+            if isinstance(edit, Emit | Finish):
+                events.append(edit)
             elif isinstance(edit, Grow):
-                self._grow(group, edit, forks)
-                if edit.run:
-                    grown.append(edit.dst)
+                grows.append(edit)
             elif isinstance(edit, Drop):
-                dropped.append(edit.seqs)
-            elif isinstance(edit, Finish):
-                update.events.append(edit)
-                group.unfinished.discard(edit.index)
+                drops.append(edit.seqs)
             else:
-                group.asked = True
-                update.asks.append(edit)
-        if forks or dropped or len(grown) != 1 or len(grown[0]) != len(read):
-            self._reslot(group, forks, _joined(dropped), np.setdiff1d(_joined([read]), _joined(grown + dropped)))
+                asks.append(edit)
+        if asks or not group.strategy.pipelined:
+            self._check(group, grows, drops, asks, read)
+        self._report(group, update, events, asks)
+        self._groups[group.number] = group
+        for nth, grow in enumerate(grows):
+            if nth == len(self._rounds):
+                self._rounds.append([])
+            self._rounds[nth].append((group, grow))
+            if grow.run:
+                group.expect += len(grow.src)
+            if grow.text is not None:
+                group.text.update(zip(map(int, grow.dst), grow.text, strict=True))
+        if drops or not group.strategy.pipelined or not grows:
+            self._reads += [read, children]
+            self._grown += [grow.dst for grow in grows if grow.run]
+            self._drops += drops
 
-    def _grow(self, group: Group, edit: Grow, forks: list[tuple[Ints, Ints]]) -> None:
-        if edit.dst is edit.src and group.strategy.pipelined:  # never parked, so no slot to see to
-            self._appends.append((group.tokens, edit.src, edit.token))
-            group.expect += len(edit.src)
-            return
-        src, dst, token = ints(edit.src), ints(edit.dst), ints(edit.token)
-        table = self._kv.table
-        fresh = src != dst
-        if fresh.any():
-            self._kv.fork(src[fresh], dst[fresh])
-            table.stream[dst[fresh]] = (
-                table.stream[src[fresh]] if edit.stream is None else np.asarray(edit.stream, np.int64)[fresh]
-            )
-        nodes = group.tokens.extend(table.node[src], token)
-        table.known[dst] += 1
-        table.last[dst] = token
-        table.node[dst] = nodes
-        table.run[dst] = edit.run
-        if edit.text is not None:
-            group.text.update(zip(dst.tolist(), edit.text, strict=True))
-        if edit.run:
-            group.expect += len(dst)
-            idle = ~fresh & (table.slot[dst] < 0)
-            forks.append((src[fresh | idle], dst[fresh | idle]))
+    def _report(self, group: Group, update: Update, events: list[Emit | Finish], asks: list[Ask]) -> None:
+        for event in events:
+            if isinstance(event, Emit):
+                self.emitted += len(event.tokens)
+            else:
+                group.unfinished.discard(event.index)
+        update.events += events
+        if asks:
+            group.asked = True
+            update.asks += asks
+
+    def _check(self, group: Group, grows: list[Grow], drops: list[Ids], asks: list[Ask], read: Ids) -> None:
+        if len(asks) + group.asked > 1:
+            raise RuntimeError("an Ask while another is out: a group has one at a time")
+        for grow in grows:
+            if not len(grow.src) == len(grow.token) == len(grow.dst):
+                raise RuntimeError(f"a Grow of {len(grow.src)} src, {len(grow.token)} token and {len(grow.dst)} dst")
+        running = sum(len(grow.dst) for grow in grows if grow.run)
+        if not group.strategy.lockstep and running > len(read):
+            table = self._kv.table
+            seqs = table.of(group.number)
+            left = set(seqs[table.run[seqs]].tolist()).difference(read, *drops)
+            running = len(left.union(*(grow.dst for grow in grows if grow.run)))
+        if running > group.width:
+            raise RuntimeError(f"{running} sequences run, which is more than its footprint says: {group.width}")
 
     def flush(self) -> None:
-        """Make the collected appends count."""
-        if not self._appends:
+        """Carry out what was taken.
+
+        Forks share before anything is dropped; what is dropped, or was read and not grown, gives its slot before forks take
+        any. A source that gives up its slot keeps its number in the forks: a plan reads all sources before it writes.
+        """
+        if not self._groups:
             return
-        table = self._kv.table
-        seqs = ints([seq for _, part, _ in self._appends for seq in part])
-        tokens = [token for _, _, part in self._appends for token in part]
-        trees = [tree for tree, part, _ in self._appends for _ in part]
-        table.known[seqs] += 1
-        table.last[seqs] = tokens
-        table.node[seqs] = append_each(trees, table.node[seqs].tolist(), tokens)
-        self._appends = []
+        rounds, self._rounds = self._rounds, []
+        forks = [fork for part in rounds if (fork := self._grow(part)) is not None]
+        if self._reads:
+            self._release()
+        for slots, dst in forks:
+            self._slots.fork(slots, dst)
+        self._groups = {}
 
-    def _reslot(self, group: Group, forks: list[tuple[Ints, Ints]], dropped: Ints, parked: Ints) -> None:
+    def _grow(self, part: list[tuple[Group, Grow]]) -> tuple[Ints, Ints] | None:
+        """Carry out one Grow of each of several groups; source slots and sequences of those that need a slot."""
         table = self._kv.table
-        # A source that gives up its slot keeps its number in the forks: a plan reads all sources before it writes.
-        sources = [(table.slot[src].copy(), dst) for src, dst in forks]
-        self._slots.close(parked)
-        table.run[parked] = False
-        if len(dropped):
-            self._slots.close(dropped)
-            for seq in dropped.tolist():
-                group.text.pop(seq, None)
-            self._kv.drop(dropped)
-            group.live -= len(dropped)
+        src = flat([grow.src for _, grow in part])
+        tokens = flat([grow.token for _, grow in part])
+        counts = [len(grow.src) for _, grow in part]
+        trees = [group.tokens for group, _ in part]
+        if all(grow.dst is grow.src and group.strategy.pipelined for group, grow in part):  # never parked: all have slots
+            table.known[src] += 1
+            table.last[src] = tokens
+            table.node[src] = append_each(trees, counts, table.node[src], tokens)
+            return None
+        dst = flat([grow.dst for _, grow in part])
+        fresh = src != dst
+        if fresh.any():
+            self._fork(part, counts, src, dst, fresh)
+        table.known[dst] += 1
+        table.last[dst] = tokens
+        table.node[dst] = append_each(trees, counts, table.node[src], tokens) if len(dst) else ints()
+        table.run[dst] = np.repeat([grow.run for _, grow in part], counts)
         # A group that was preempted with a read in flight gets its slots when it is back.
-        for slots, dst in sources if group.state is State.RUNNING else ():
-            self._slots.fork(slots, dst.tolist())
+        wanted = np.repeat([grow.run and group.state is State.RUNNING for group, grow in part], counts)
+        wanted &= fresh | (table.slot[dst] < 0)
+        return table.slot[src[wanted]], dst[wanted]
+
+    def _fork(self, part: list[tuple[Group, Grow]], counts: list[int], src: Ints, dst: Ints, fresh: Bools) -> None:
+        table = self._kv.table
+        streams = table.stream[src]
+        end = 0
+        for (group, grow), count in zip(part, counts, strict=True):
+            begin, end = end, end + count
+            group.usage.forks += int(np.count_nonzero(fresh[begin:end]))
+            if grow.stream is not None:
+                streams[begin:end] = grow.stream
+        self._kv.fork(src[fresh], dst[fresh])
+        table.stream[dst[fresh]] = streams[fresh]
+
+    def _release(self) -> None:
+        """Park what was read and not grown; let go what was dropped."""
+        table = self._kv.table
+        dropped = flat(self._drops)
+        idle = np.zeros(len(table.alive), np.bool_)
+        idle[flat(self._reads)] = True
+        idle[flat(self._grown)] = False
+        idle[dropped] = False
+        parked = np.flatnonzero(idle)
+        table.run[parked] = False
+        self._slots.close(ints(parked))
+        self._reads, self._grown, self._drops = [], [], []
+        if not len(dropped):
+            return
+        self._slots.close(dropped)
+        for number, count in tally(table.group[dropped]):
+            group = self._groups[number]
+            group.live -= count
+            if group.text:
+                group.text = {seq: state for seq, state in group.text.items() if seq not in set(dropped.tolist())}
+        for number, count in tally(self._kv.drop(dropped)):
+            if self._groups[number].unfinished:
+                self._groups[number].usage.blocks_freed += count
 
 
-def _joined(parts: list[Ids]) -> Ints:
-    return np.concatenate([ints(), *map(ints, parts)])
+def flat(parts: list[Ids]) -> Ints:
+    """Lists and arrays of ids, one after another."""
+    if any(type(part) is np.ndarray for part in parts):
+        return np.concatenate([ints(part) for part in parts])
+    return ints(list(chain.from_iterable(parts)))
 
 
 def fork_now(kv: KVManager, slots: Slots, group: Group, read: Read) -> list[int]:
     """Fork the sequences of a Read that are new, inside the plan: several draws from one row. Who they are."""
     assert read.seqs is not None
     table = kv.table
-    new = [i for i, seq in enumerate(read.seqs) if table.known[seq] == 0]
-    if not new:
+    seqs = ints(read.seqs)
+    new = table.known[seqs] == 0
+    if not new.any():
         return []
-    src, dst = ints([read.at[i] for i in new]), ints([read.seqs[i] for i in new])
+    src, dst = ints(read.at)[new], seqs[new]
+    of = table.of(group.number)
+    if (running := int(np.count_nonzero(table.slot[of] >= 0)) + len(dst)) > group.width:
+        raise RuntimeError(f"{running} sequences run, which is more than its footprint says: {group.width}")
     kv.fork(src, dst)
-    table.stream[dst] = table.stream[src] if read.stream is None else [read.stream[i] for i in new]
+    group.usage.forks += len(dst)
+    table.stream[dst] = table.stream[src] if read.stream is None else np.asarray(read.stream, np.int64)[new]
+    slots.open(dst)
     children: list[int] = dst.tolist()
-    slots.open(children)
-    for source, child in zip(src.tolist(), children, strict=True):
-        if source in group.text:
-            group.text[child] = group.text[source]
+    if group.text:
+        for source, child in zip(src.tolist(), children, strict=True):
+            if source in group.text:
+                group.text[child] = group.text[source]
     return children
 
 
@@ -151,4 +225,4 @@ def going_on(kv: KVManager) -> set[int]:
     """Numbers of the groups that have something to compute, or a read-out in flight."""
     table = kv.table
     busy = table.alive & table.run & ((table.known > table.scheduled) | (table.pending > 0))
-    return set(table.group[busy].tolist())
+    return set(np.unique(table.group[busy]).tolist())

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from enum import Enum
 from typing import Any
 
 import numpy as np
 
-from .plan import Ints
+from .accounting import Usage
+from .plan import Ints, ints
 from .request import Request
 from .sequences import Sequences
 from .strategies.base import Ids, Strategy
+
+_SHORT = 32  # fewer tokens at once are appended one by one: arrays of few elements are slow
 
 
 class State(Enum):
@@ -45,10 +49,17 @@ class TokenTree:
         tokens.reverse()
         return tokens
 
-    def common(self, nodes: list[int], depth: int) -> int:
-        """How many leading tokens all the nodes share, `depth` being the number of tokens up to each."""
-        while len(set(nodes)) > 1:
-            nodes = [self._parent[node] for node in nodes]
+    def common(self, nodes: Ints, depths: Ints) -> int:
+        """How many leading tokens all the nodes share, `depths` being the number of tokens up to each."""
+        parent = np.frombuffer(self._parent, np.int32)
+        shortest = depth = int(depths.min())
+        while len(deeper := np.flatnonzero(depths > shortest)):
+            nodes, depths = nodes.copy(), depths.copy()
+            nodes[deeper] = parent[nodes[deeper]]
+            depths[deeper] -= 1
+        nodes = np.unique(nodes)
+        while len(nodes) > 1:
+            nodes = np.unique(parent[nodes])
             depth -= 1
         return depth
 
@@ -59,14 +70,26 @@ class TokenTree:
         return node
 
 
-def append_each(trees: list[TokenTree], parents: list[int], tokens: list[int]) -> list[int]:
-    """One token for each of many trees, after one parent each; the nodes."""
-    nodes = []
-    for tree, parent, token in zip(trees, parents, tokens, strict=True):
-        nodes.append(len(tree._token))
-        tree._parent.append(parent)
-        tree._token.append(token)
-    return nodes
+def append_each(trees: list[TokenTree], counts: list[int], parents: Ints, tokens: Ints) -> Ints:
+    """Tokens for each of many trees, as many as the counts say, after a parent each; the nodes."""
+    if max(counts) > _SHORT:
+        edges = np.cumsum([0, *counts]).tolist()
+        spans = itertools.pairwise(edges)
+        return np.concatenate([tree.extend(parents[b:e], tokens[b:e]) for tree, (b, e) in zip(trees, spans, strict=True)])
+    before, new, nodes = parents.tolist(), tokens.tolist(), []
+    at = 0
+    for tree, count in zip(trees, counts, strict=True):
+        first = len(tree._token)
+        if count == 1:
+            nodes.append(first)
+            tree._parent.append(before[at])
+            tree._token.append(new[at])
+        else:
+            nodes += range(first, first + count)
+            tree._parent.extend(before[at : at + count])
+            tree._token.extend(new[at : at + count])
+        at += count
+    return ints(nodes)
 
 
 class Group:
@@ -74,7 +97,8 @@ class Group:
 
     `expect`: rows whose read-out of this generation is outstanding. `asked`: an Ask is out.
     `flights`: plans in flight that hold rows of the group. `scored`: prompt positions at which the next token's log-prob
-    was read, in requests that ask for it; else all of them.
+    was read, in requests that ask for it; else all of them. `measured`: table entries of its sequences when the part that
+    they share was measured last.
     """
 
     def __init__(self, number: int, request: Request, strategy: Strategy, sequences: Sequences) -> None:
@@ -93,23 +117,25 @@ class Group:
         self.asked = False
         self.flights = 0
         self.scored = 0 if request.prompt_logprobs is not None else len(request.prompt) - 1
-        self.held: list[tuple[Ids, list[Any]]] = []  # reads of a generation that is not complete yet
+        self.held: list[tuple[Ids, list[Any], list[int]]] = []  # reads of a generation that is not complete yet
         self.bypassed = 0
         self.preemptions = 0
         self.cached_tokens = 0
+        self.usage = Usage()
+        self.measured = 0
         self._sequences = sequences
 
-    def fresh(self, count: int) -> list[int]:
-        """Ids for `count` new sequences, to be the dst of a Grow or the seqs of a Read."""
+    def fresh(self, count: int) -> list[int] | Ints:
+        """Ids for `count` new sequences, to be the dst of a Grow or the seqs of a Read: a list of few, an array of many."""
         ids = self._sequences.allocate(count)
         self._sequences.group[ids] = self.number
         self.live += count
-        return ids
+        return ids.tolist() if count <= _SHORT else ids
 
     def root(self) -> int:
         """The first sequence, which knows the prompt."""
         table, prompt = self._sequences, self.request.prompt
-        root = self.fresh(1)[0]
+        root = int(self.fresh(1)[0])
         table.known[root] = len(prompt)
         table.last[root] = prompt[-1]
         table.limit[root] = self.request.limit
@@ -145,8 +171,8 @@ class Group:
 
     def common_length(self, seqs: Ints) -> int:
         """How many leading tokens the given sequences share."""
-        table = self._sequences
-        shortest = int(table.known[seqs].min())
-        prompt = len(self.request.prompt)
-        nodes = [self.tokens.up(int(table.node[s]), int(table.known[s]) - shortest) for s in seqs]
-        return prompt + self.tokens.common(nodes, shortest - prompt)
+        table, prompt = self._sequences, len(self.request.prompt)
+        known = table.known[seqs]
+        if known.min() <= prompt:
+            return int(known.min())
+        return prompt + self.tokens.common(table.node[seqs], known - prompt)

@@ -10,7 +10,9 @@ from .block_pool import BlockPool
 from .group import Group
 from .plan import Bools, Ints, ints
 from .prefix_cache import PrefixCache
-from .sequences import Sequences
+from .sequences import NO_CAP, Sequences, within
+
+WIDE = 64  # a group with more sequences publishes only what all of them hold
 
 
 class Needs(NamedTuple):
@@ -49,8 +51,9 @@ class KVManager:
         self.prefix = PrefixCache(self.pool, block_size)
         self.caching = enable_prefix_caching
         self.table = Sequences()
-        # (seq, birth, column, block): entries replaced by an equal published block, to be told with the next plan
-        self.replaced: list[tuple[int, int, int, int]] = []
+        self.forks = 0  # sequences that began as copies, since the start
+        self._outdated = False  # whether table entries were replaced since the last plan
+        self._owner: Ints = np.zeros(num_blocks, np.int32)  # scratch of drop()
 
     def needs(self, seqs: Ints, start: Ints, end: Ints) -> Needs:
         """What rows [start, end) of the sequences need, all in one step."""
@@ -75,8 +78,7 @@ class KVManager:
         table.tail[seqs[copied], needs.column[copied]] = dst
 
         rows = np.repeat(np.arange(len(seqs)), needs.new)
-        nth = np.arange(len(rows)) - np.repeat(np.cumsum(needs.new) - needs.new, needs.new)
-        column = table.cols[seqs][rows] + nth
+        column = table.cols[seqs][rows] + within(needs.new)
         table.reserve_columns(int(column.max(initial=-1)) + 1)
         table.tail[seqs[rows], column] = blocks
         table.cols[seqs] += needs.new
@@ -122,15 +124,14 @@ class KVManager:
 
     def evict(self, group: Group, seqs: Ints) -> None:
         """Take the sequences' own blocks; they live on and are recomputed from the trunk when needed."""
-        self.pool.release(self.table.blocks(seqs))
+        group.usage.blocks_freed += len(self.pool.release(self.table.blocks(seqs)))
         self.table.era[seqs] += 1
         self.rest_on_trunk(group, seqs)
 
     def evict_all(self, group: Group) -> None:
         """Take every block of the group."""
         seqs = self.table.of(group.number)
-        self.pool.release(self.table.blocks(seqs))
-        self.pool.release(np.array(group.trunk, np.int32))
+        group.usage.blocks_freed += len(self.pool.release(np.concatenate([ints(group.trunk), self.table.blocks(seqs)])))
         group.trunk = []
         self.table.era[seqs] += 1
         self.rest_on_trunk(group, seqs)
@@ -139,77 +140,93 @@ class KVManager:
         """dst share all blocks of src."""
         self.table.fork(src, dst)
         self.pool.retain(self.table.blocks(dst))
-        if self.replaced:
-            births = self.table.birth
-            by_birth: dict[int, list[tuple[int, int]]] = {}
-            for _, birth, column, block in self.replaced:
-                by_birth.setdefault(birth, []).append((column, block))
-            for source, child in zip(src.tolist(), dst.tolist(), strict=True):
-                entries = by_birth.get(int(births[source]), ())
-                self.replaced += [(child, int(births[child]), column, block) for column, block in entries]
+        self.forks += len(dst)
 
-    def take_replaced(self) -> tuple[Ints, Ints, Ints]:
-        """Sequences, columns and blocks of replaced table entries since the last call, of those that have a slot."""
+    def take_replaced(self, groups: dict[int, Group]) -> tuple[Ints, Ints, Ints]:
+        """Sequences, columns and blocks of table entries that were replaced since the last call, and of those after them.
+
+        Only of sequences that have a slot: the others' tables are sent whole when they get one.
+        """
         table = self.table
-        rows = [
-            (seq, column, block)
-            for seq, birth, column, block in self.replaced
-            if table.birth[seq] == birth and table.slot[seq] >= 0
-        ]
-        self.replaced = []
-        seqs, columns, blocks = ints(rows).reshape(-1, 3).T
-        return seqs, columns, blocks
+        if not self._outdated:
+            return ints(), ints(), ints()
+        self._outdated = False
+        seqs = ints(np.flatnonzero((table.outdated < NO_CAP) & (table.slot >= 0)))
+        first = np.minimum(table.outdated[seqs], table.trunk[seqs] + table.cols[seqs])
+        table.outdated[:] = NO_CAP
+        parts = [self.held(groups[int(table.group[seq])], seq)[begin:] for seq, begin in zip(seqs, first.tolist(), strict=True)]
+        counts = ints([len(part) for part in parts])
+        return np.repeat(seqs, counts), np.repeat(first, counts) + within(counts), np.concatenate([ints(), *parts])
 
-    def drop(self, seqs: Ints) -> None:
-        """The sequences end."""
-        self.pool.release(self.table.blocks(seqs))
-        self.table.cols[seqs] = 0
-        self.table.free(seqs)
+    def held(self, group: Group, seq: int) -> Ints:
+        """The block table of a sequence."""
+        return np.concatenate([ints(group.trunk), self.table.tail[seq, : self.table.cols[seq]]])
 
-    def publish(self, group: Group, seq: int) -> None:
-        """Make the full computed blocks of a sequence findable; where equal ones are, hold those instead."""
+    def drop(self, seqs: Ints) -> Ints:
+        """The sequences end; for each block that nobody holds after that, the number of the group that held it."""
+        table = self.table
+        blocks = table.blocks(seqs)
+        self._owner[blocks] = np.repeat(table.group[seqs], table.cols[seqs])
+        freed = self.pool.release(blocks)
+        table.free(seqs)
+        return self._owner[freed]
+
+    def publish(self, group: Group, seqs: list[int]) -> None:
+        """Make the full computed blocks of sequences findable; where equal ones are, hold those instead.
+
+        Where a group is wide, only those that all its sequences hold: few of the others are ever asked for.
+        """
         table, size = self.table, self.block_size
-        begin, full, trunk = int(table.published[seq]), int(table.computed[seq]) // size, len(group.trunk)
-        if self.caching:
-            row = table.tail[seq]
-            before = 0 if begin == 0 else group.trunk[begin - 1] if begin <= trunk else int(row[begin - 1 - trunk])
-            for index in range(begin, full):
-                block = int(row[index - trunk])
-                before = self._publish(group, seq, index, before, block)
-                if before != block:
-                    row[index - trunk] = before
-        table.published[seq] = full
-        self._promote(group, seq)
+        if group.live > WIDE:
+            table.published[seqs] = table.computed[seqs] // size
+            everyone = table.of(group.number)
+            begin = len(group.trunk)
+            self._promote(group, everyone, self._in_common(everyone))
+            self._publish(group, everyone, begin, len(group.trunk))
+            return
+        for seq in seqs:
+            begin, full = int(table.published[seq]), int(table.computed[seq]) // size
+            self._publish(group, ints([seq]), begin, full)
+            table.published[seq] = full
+        everyone = table.of(group.number) if group.live > 1 else ints(seqs)
+        shared = int(table.published[seqs[-1]]) - len(group.trunk)
+        self._promote(group, everyone, min(shared, self._in_common(everyone)) if group.live > 1 else shared)
 
-    def _publish(self, group: Group, seq: int, index: int, before: int, block: int) -> int:
-        """Publish block `index` of a sequence, which follows block `before`; the block to hold from now on."""
-        pool, size = self.pool, self.block_size
-        if pool.uid[block]:
-            return block
-        parent = int(pool.uid[before]) if index else self.prefix.root(group.request.salt)
-        if not parent:  # the chain was taken out of the cache
-            return block
-        found = self.prefix.publish(parent, group.token_bytes(seq, index * size, (index + 1) * size), block)
-        if found != block:
-            pool.retain(ints([found]))
-            pool.release(ints([block]))
-            self.replaced.append((seq, int(self.table.birth[seq]), index, found))
-        return found
+    def _publish(self, group: Group, seqs: Ints, begin: int, end: int) -> None:
+        """Publish blocks [begin, end) of sequences that share them, as long as the chain up to them is in the cache."""
+        if not self.caching or begin >= end:
+            return
+        pool, size, trunk, first = self.pool, self.block_size, group.trunk, int(seqs[0])
+        blocks: list[int] = self.held(group, first)[:end].tolist()
+        for index in range(begin, end):
+            block = blocks[index]
+            if pool.uid[block]:
+                continue
+            parent = int(pool.uid[blocks[index - 1]]) if index else self.prefix.root(group.request.salt)
+            if not parent:  # the chain was taken out of the cache
+                continue
+            found = self.prefix.publish(parent, group.token_bytes(first, index * size, (index + 1) * size), block)
+            if found != block:
+                blocks[index] = found
+                holders = 1 if index < len(trunk) else len(seqs)
+                pool.retain(np.full(holders, found, np.int32))
+                pool.release(np.full(holders, block, np.int32))
+                if index < len(trunk):
+                    trunk[index] = found
+                else:
+                    self.table.tail[seqs, index - len(trunk)] = found
+                self.table.outdated[seqs] = np.minimum(self.table.outdated[seqs], index)
+                self._outdated = True
 
-    def _promote(self, group: Group, seq: int) -> None:
-        """Leading full blocks that all sequences hold become trunk: one reference for all, shorter tails to fork."""
-        table = self.table
-        seqs: Ints | int = seq
-        shared = int(table.published[seq]) - len(group.trunk)
-        if group.live > 1:
-            seqs = table.of(group.number)
-            shared = min(shared, self._in_common(seqs))
+    def _promote(self, group: Group, seqs: Ints, shared: int) -> None:
+        """`shared` leading tail blocks that all sequences hold become trunk: one reference for all, shorter tails to fork."""
         if shared <= 0:
             return
-        blocks = table.tail[seq, :shared].copy()
+        table = self.table
+        blocks = table.tail[seqs[0], :shared].copy()
         group.trunk.extend(blocks.tolist())
-        if group.live > 1:
-            self.pool.release(np.repeat(blocks, group.live - 1))
+        if len(seqs) > 1:
+            self.pool.release(np.repeat(blocks, len(seqs) - 1))
         table.tail[seqs, :-shared] = table.tail[seqs, shared:]
         table.cols[seqs] -= shared
         table.trunk[seqs] += shared
@@ -224,6 +241,21 @@ class KVManager:
         tails = table.tail[seqs, :full]
         same = (tails == tails[0]).all(axis=0)
         return full if same.all() else int(np.argmin(same))
+
+    @property
+    def shared_ratio(self) -> float:
+        """Of the blocks that all sequences would hold if none shared, the part that is not needed."""
+        table = self.table
+        entries = int((table.trunk + table.cols)[table.alive].sum())
+        return 1.0 - np.count_nonzero(self.pool.refs[1:]) / entries if entries else 0.0
+
+    def group_ratio(self, group: Group) -> float:
+        """The same of one group."""
+        table = self.table
+        seqs = table.of(group.number)
+        blocks = table.blocks(seqs)
+        entries = len(group.trunk) * len(seqs) + len(blocks)
+        return 1.0 - (len(group.trunk) + len(np.unique(blocks))) / entries if entries else 0.0
 
     def unpublish(self, group: Group) -> None:
         """Take every block of the group out of the prefix cache: its content can't be trusted."""

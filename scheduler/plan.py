@@ -163,8 +163,8 @@ class Plan(msgspec.Struct):
 class Reads(msgspec.Struct):
     """What one Probe found; arrays parallel to its entries, None where the kind has no such thing.
 
-    TOPN orders by log-prob (descending, ties to the lower id), or by p where the probe says `processed`; columns past the
-    vocabulary, and those without a chance, are id -1. TARGET gives logp, rank, top_id and top_logp.
+    TOPN orders by log-prob (descending, ties to the lower id), or by p where the probe says `processed`, and then tokens
+    without a chance are left out; columns past the last token are id -1. TARGET gives logp, rank, top_id and top_logp.
 
     MERGE has one row per group: the n best pairs of an entry (`parent`, its index) and a token (`top_id`) by `score`:
     bias + log-prob, processed by the stages before the temperature and not renormalised; ties to the lower parent, then
@@ -180,7 +180,7 @@ class Reads(msgspec.Struct):
     rank: Ints | None = None  # [P], 1 is the most probable; 0 where the spec did not ask
     top_id: Ints | None = None  # [P, n]
     top_logp: Floats | None = None  # [P, n]
-    top_p: Floats | None = None  # [P, n], the processed probability
+    top_p: Floats | None = None  # [P, n], the processed probability; TOPN that is `processed`
     top_rank: Ints | None = None  # [P, n] or [G, n], as rank; MERGE, and TOPN that is `processed`
     parent: Ints | None = None  # [G, n]
     score: Floats | None = None  # [G, n]

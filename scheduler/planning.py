@@ -10,6 +10,7 @@ from .group import Group
 from .kv_manager import KVManager, Written
 from .plan import LAST_TOKEN, Copies, Ints, Opens, Plan, Rows, Spec, Tables, ints
 from .probing import ProbeTable
+from .sequences import within
 from .slots import Slots
 
 
@@ -54,35 +55,38 @@ def shared_runs(chosen: Chosen, kv: KVManager) -> Ints:
     return ints(np.stack([first[keep], count[keep], blocks[keep]], axis=1))
 
 
-def opening(seqs: list[int], kv: KVManager, groups: dict[int, Group]) -> tuple[Opens, list[Spec], list[Tables]]:
+def opening(seqs: Ints, kv: KVManager, groups: dict[int, Group]) -> tuple[Opens, list[Spec], Tables]:
     """State of sequences that get a slot without a fork: spec, stream, history where it counts, whole table."""
     table = kv.table
-    specs: dict[int, int] = {}
-    spec_list: list[Spec] = []
-    begin, end, parts, tables = [], [], [], []
-    spans: dict[tuple[int, int], tuple[int, int]] = {}
-    size = 0
-    for seq in seqs:
-        group = groups[int(table.group[seq])]
-        if group.number not in specs:
-            specs[group.number] = len(spec_list)
-            spec_list.append(group.request.spec)
-        span = (0, 0)
-        if group.request.spec.history:
-            key = (group.number, int(table.node[seq]))  # siblings that share all tokens share the span
-            if key not in spans:
-                parts.append(group.history(seq))
-                spans[key] = (size, size + len(parts[-1]))
+    numbers, spec_of = np.unique(table.group[seqs], return_inverse=True)
+    specs = [groups[number].request.spec for number in numbers.tolist()]
+    spans, tokens = _histories(seqs, kv, groups)
+    trunks = [ints(groups[number].trunk) for number in numbers.tolist()]
+    heads, cols = table.trunk[seqs], table.cols[seqs]
+    blocks = np.empty(int((heads + cols).sum()), np.int32)
+    column = within(heads + cols)
+    blocks[column >= np.repeat(heads, heads + cols)] = table.blocks(seqs)
+    blocks[column < np.repeat(heads, heads + cols)] = np.concatenate([ints(), *(trunks[i] for i in spec_of.tolist())])
+    tables = Tables(np.repeat(table.slot[seqs], heads + cols), column, blocks)
+    return Opens(table.slot[seqs], ints(spec_of), table.stream[seqs], spans[:, 0], spans[:, 1], tokens), specs, tables
+
+
+def _histories(seqs: Ints, kv: KVManager, groups: dict[int, Group]) -> tuple[Ints, Ints]:
+    """The tokens of sequences whose spec needs them, and where those of each begin and end: [P, 2]."""
+    table, size = kv.table, 0
+    parts: list[Ints] = []
+    spans = np.zeros((len(seqs), 2), np.int32)
+    known: dict[tuple[int, int], tuple[int, int]] = {}
+    for i, (seq, number, node) in enumerate(
+        zip(seqs.tolist(), table.group[seqs].tolist(), table.node[seqs].tolist(), strict=True)
+    ):
+        if groups[number].request.spec.history:
+            if (number, node) not in known:  # siblings that share all tokens share the span
+                parts.append(groups[number].history(seq))
+                known[number, node] = size, size + len(parts[-1])
                 size += len(parts[-1])
-            span = spans[key]
-        begin.append(span[0])
-        end.append(span[1])
-        blocks = np.concatenate([ints(group.trunk), table.tail[seq, : table.cols[seq]]])
-        tables.append(Tables(np.full(len(blocks), table.slot[seq]), ints(np.arange(len(blocks))), blocks))
-    numbers = ints([specs[int(table.group[seq])] for seq in seqs])
-    ids = ints(seqs)
-    tokens = np.concatenate([ints(), *parts])
-    return Opens(table.slot[ids], numbers, table.stream[ids], ints(begin), ints(end), tokens), spec_list, tables
+            spans[i] = known[number, node]
+    return spans, np.concatenate([ints(), *parts])
 
 
 def assemble(
@@ -91,8 +95,9 @@ def assemble(
     """Put the parts together; `rows` hold what was decided before the probes forked anything."""
     table = kv.table
     forks, closes, opened = slots.drain()
-    opens, specs, tables = opening(opened, kv, groups)
-    for seqs, columns, blocks in (kv.take_replaced(), (written.seq, written.column, written.block)):
+    opens, specs, whole = opening(opened, kv, groups)
+    tables = [whole]
+    for seqs, columns, blocks in (kv.take_replaced(groups), (written.seq, written.column, written.block)):
         tables.append(Tables(table.slot[seqs], columns, blocks))
     deltas = Tables(
         np.concatenate([part.slot for part in tables], dtype=np.int32),

@@ -30,8 +30,9 @@ class Cut(NamedTuple):
     last: int
 
 
-# What one group reads in a step: for which sequences, off how many rows, and where each of its Reads stands.
-Segment = tuple[Group, Ids, int, list[Cut]]
+# What one group reads in a step: for which sequences, off how many rows, where each of its Reads stands, and which
+# children were forked for it.
+Segment = tuple[Group, Ids, int, list[Cut], list[int]]
 
 
 class Entries:
@@ -146,14 +147,16 @@ def ask(chosen: Chosen, groups: dict[int, Group], kv: KVManager, slots: Slots, p
         try:
             reads = group.strategy.probe(group, ids[begin:end] if end - begin < _NARROW else complete[begin:end])
             parts = []
+            forked: list[int] = []
             for read in reads:
                 if read.seqs is not None:
-                    children += fork_now(kv, slots, group, read)
+                    forked += fork_now(kv, slots, group, read)
                 parts.append(probes.add(read))
         except BaseException as error:  # noqa: BLE001 - a strategy's bug ends its own request only
             broken.append((group, error))
             continue
         seqs = reads[0].at if reads[0].seqs is None else reads[0].seqs
         read_for.add(seqs)
-        segments.append((group, seqs, end - begin, parts))
+        children += forked
+        segments.append((group, seqs, end - begin, parts, forked))
     return Asked(segments, read_for.array(), ints(children), broken)

@@ -87,12 +87,15 @@ def first_why(reads: Reads, begin: int, end: int) -> str | None:
     return next((text for index, text in sorted(reads.why.items()) if begin <= index < end), None)
 
 
-def generation(group: Group) -> tuple[Ids, list[Any]]:
-    """The reads of a whole generation, which may have come in several steps; the group holds them no longer."""
+def generation(group: Group) -> tuple[Ids, list[Any], list[int]]:
+    """What was read of a whole generation, which may have come in several steps: for whom, what, and their children.
+
+    The group holds it no longer.
+    """
     held, group.held = group.held, []
-    counts = [len(seqs) for seqs, _ in held]
-    reads = [join(parts, counts) for parts in zip(*(part for _, part in held), strict=True)]
-    return np.concatenate([ints(seqs) for seqs, _ in held]), reads
+    counts = [len(seqs) for seqs, _, _ in held]
+    reads = [join(parts, counts) for parts in zip(*(part for _, part, _ in held), strict=True)]
+    return np.concatenate([ints(seqs) for seqs, _, _ in held]), reads, [child for _, _, forked in held for child in forked]
 
 
 def join(parts: Sequence[Any], counts: list[int]) -> Any:

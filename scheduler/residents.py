@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from .errors import BlockAccountingError
@@ -160,16 +162,16 @@ class Residents:
             group.cached_tokens = hit
             root = group.root()
             self.kv.rest_on_trunk(group, root)
-            self.slots.open([root])
+            self.slots.open(ints([root]))
             return
         seqs = table.of(group.number)
         self.kv.rest_on_trunk(group, seqs)
-        running = seqs[table.run[seqs]].tolist()
+        running = seqs[table.run[seqs]]
         if len(seqs) == 1 or hit == shared:
             table.cap[seqs] = NO_CAP
             self.slots.open(running)
         else:
-            self._leads[group.number] = running[0]
+            self._leads[group.number] = int(running[0])
             table.cap[seqs] = 0
             table.cap[running[0]] = shared
             self.slots.open(running[:1])
@@ -183,8 +185,10 @@ class Residents:
         seqs = flight.seqs[held]
         table.computed[seqs] = flight.ends[held]
         filled = seqs[table.computed[seqs] // self.kv.block_size > table.published[seqs]]
-        for seq in filled.tolist():
-            self.kv.publish(groups[int(table.group[seq])], seq)
+        owners = table.group[filled]
+        edges = np.flatnonzero(np.diff(owners, prepend=-1, append=-1)).tolist()
+        for begin, end in itertools.pairwise(edges):
+            self.kv.publish(groups[int(owners[begin])], filled[begin:end].tolist())
         self._follow_leads()
 
     def _follow_leads(self) -> None:
@@ -202,7 +206,7 @@ class Residents:
         group.trunk.extend(table.tail[lead, : table.cols[lead]].tolist())
         self.kv.rest_on_trunk(group, seqs)
         table.cap[seqs] = NO_CAP
-        self.slots.open(seqs[table.run[seqs] & (seqs != lead)].tolist())
+        self.slots.open(seqs[table.run[seqs] & (seqs != lead)])
 
     def remove(self, group: Group) -> None:
         """Give back everything a group holds; it is over."""

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from . import endings
+from . import endings, metering
+from .accounting import Counters
 from .edits import Editor, Update, going_on
-from .errors import EngineMisuseError, InvalidRequestError
+from .errors import EngineMisuseError, InvalidRequestError, PageforkError
 from .group import Group, State
-from .kv_manager import KVManager
+from .kv_manager import KVManager, Written
 from .plan import Plan, Reads, Result, Rows
 from .planning import Chosen, assemble, shared_runs, tokens_of
 from .probing import Asked, ProbeTable, ask
@@ -27,18 +28,6 @@ from .request import Request
 from .residents import Residents
 from .scoring import Part, scored, targets
 from .strategies.base import Edit, Finish, Ids, Strategy, make
-
-
-@dataclass(slots=True)
-class Counters:
-    """Totals since the start. Tokens, except where named otherwise."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    forward_tokens: int = 0
-    forks: int = 0
-    blocks_copied: int = 0
 
 
 @dataclass
@@ -100,14 +89,26 @@ class Scheduler:
         group = self._by_id.get(request_id)
         return None if group is None else self._end(group, Update(request_id), "abort")
 
-    def answer(self, request_id: str, values: list[float]) -> Update:
-        """Values for the Ask of a request."""
-        group = self._by_id[request_id]
+    def fail(self, request_id: str, error: PageforkError) -> Update | None:
+        """End a request with an error; None when there is none of that id."""
+        group = self._by_id.get(request_id)
+        return None if group is None else self._end(group, Update(request_id, error=error), "error")
+
+    def answer(self, request_id: str, values: list[float]) -> Update | None:
+        """Values for the Ask of a request; None when it has ended meanwhile, or has no Ask out."""
+        group = self._by_id.get(request_id)
+        if group is None or not group.asked:
+            return None
         update = Update(request_id)
         group.asked = False
-        self._edit(group, update, (), group.strategy.answer, group, values)
+        self._edit(group, update, (), (), group.strategy.answer, group, values)
         self._editor.flush()
         return self._close([(group, update)])[0]
+
+    @property
+    def shared_block_ratio(self) -> float:
+        """Of the blocks that the running sequences would hold if none shared, the part that is not needed."""
+        return self.kv.shared_ratio
 
     @property
     def has_unfinished(self) -> bool:
@@ -144,23 +145,21 @@ class Scheduler:
         target, scores = targets(chosen, offset, table, self._unscored) if self._unscored else (None, [])
         if target is not None:
             plan.probes.append(target)
-        self._launch(plan, chosen, asked, scores)
+        self._launch(plan, chosen, written, asked, scores)
         return plan
 
-    def _launch(self, plan: Plan, chosen: Chosen, asked: Asked, scores: list[Part]) -> None:
+    def _launch(self, plan: Plan, chosen: Chosen, written: Written, asked: Asked, scores: list[Part]) -> None:
         table, counters, seqs = self.kv.table, self.counters, asked.seqs
         table.probed[seqs] = table.scheduled[seqs]
         table.pending[seqs[table.pipelined[seqs]]] += 1
-        written = np.concatenate([chosen.seqs, asked.children])
-        groups = [self._groups[number] for number in np.unique(table.group[chosen.seqs]).tolist()]
-        for group in groups:
-            group.flights += 1
-        births, eras, ends = table.birth[written], table.era[written], table.scheduled[written]
+        computed = np.concatenate([chosen.seqs, asked.children])
+        groups = metering.count(chosen, written, self.kv, self._groups)
+        births, eras, ends = table.birth[computed], table.era[computed], table.scheduled[computed]
         read_births = table.birth[seqs]
-        self._flights.append(Flight(plan.step, written, ends, births, eras, seqs, read_births, asked.segments, scores, groups))
+        self._flights.append(Flight(plan.step, computed, ends, births, eras, seqs, read_births, asked.segments, scores, groups))
         counters.steps += 1
         counters.forward_tokens += len(plan.rows.tokens)
-        counters.forks += len(plan.forks.dst) + len(asked.children)
+        counters.forks = self.kv.forks
         counters.blocks_copied += len(plan.copies.dst)
 
     def apply(self, result: Result) -> list[Update]:
@@ -179,7 +178,7 @@ class Scheduler:
         for part in flight.scores:
             self._score(part, result.reads[-1], touched)
         position, ended = 0, State.ENDED
-        for group, seqs, rows, parts in flight.segments:
+        for group, seqs, rows, parts, children in flight.segments:
             begin, position = position, position + len(seqs)
             if group.state is ended:
                 continue
@@ -200,11 +199,11 @@ class Scheduler:
             reads = reading.of(parts, keep)
             if group.strategy.lockstep:
                 group.expect -= rows
-                group.held.append((seqs, reads))
+                group.held.append((seqs, reads, children))
                 if group.expect:
                     continue
-                seqs, reads = generation(group)  # noqa: PLW2901
-            self._edit(group, update, seqs, group.strategy.advance, group, seqs, reads)
+                seqs, reads, children = generation(group)  # noqa: PLW2901
+            self._edit(group, update, seqs, children, group.strategy.advance, group, seqs, reads)
         self._editor.flush()
         return self._close(touched.values())
 
@@ -226,11 +225,12 @@ class Scheduler:
         if why is None:
             self.kv.unpublish(group)
 
-    def _edit(self, group: Group, update: Update, read: Ids, decide: Callable[..., list[Edit]], *args: Any) -> None:
+    def _edit(
+        self, group: Group, update: Update, read: Ids, children: Ids, decide: Callable[..., list[Edit]], *args: Any
+    ) -> None:
         try:
-            self._editor.apply(group, decide(*args), update, read)
+            self._editor.apply(group, decide(*args), update, read, children)
         except BaseException as error:  # noqa: BLE001 - what a strategy calls may raise anything; it ends its own request
-            self._editor.flush()
             update.error = endings.strategy_failed(group, error)
 
     def _close(self, touched: Collection[tuple[Group, Update]]) -> list[Update]:
@@ -272,7 +272,9 @@ class Scheduler:
         """Release everything a group holds; outputs that are not finished end for `reason`."""
         update.events += [Finish(index, reason) for index in sorted(group.unfinished)]
         update.done = True
-        update.cached_tokens, update.preemptions = group.cached_tokens, group.preemptions
+        update.cached_tokens, update.preemptions, update.usage = group.cached_tokens, group.preemptions, group.usage
+        if group.request.params.trace:
+            update.trace = metering.traced(group)
         if group.state is not State.ENDED:
             self.residents.remove(group)
         group.unfinished.clear()

@@ -11,12 +11,12 @@ _FIELDS = [
     ("birth", np.int64), ("era", np.int64), ("stream", np.int64),
     ("group", np.int32), ("slot", np.int32), ("known", np.int32), ("scheduled", np.int32), ("computed", np.int32),
     ("pending", np.int32), ("probed", np.int32), ("cap", np.int32), ("limit", np.int32), ("last", np.int32), ("node", np.int32),
-    ("trunk", np.int32), ("cols", np.int32), ("published", np.int32), ("row", np.int32),
+    ("trunk", np.int32), ("cols", np.int32), ("published", np.int32), ("outdated", np.int32), ("row", np.int32),
     ("alive", np.bool_), ("run", np.bool_), ("pipelined", np.bool_),
 ]  # fmt: skip
 _BLANK = np.zeros((), _FIELDS)
 _BLANK["slot"] = _BLANK["node"] = -1
-_BLANK["cap"] = NO_CAP
+_BLANK["cap"] = _BLANK["outdated"] = NO_CAP
 
 
 class Sequences:
@@ -25,9 +25,10 @@ class Sequences:
     known: tokens that exist; scheduled: positions that plans cover; computed: positions whose KV a finished
     step has written; pending: tokens drawn in a step not applied yet; probed: length at which the last
     read-out was planned; cap: positions beyond it are not planned yet. `run`: rows are wanted; a sequence with
-    blocks and no slot (-1) is parked. tail[:, :cols] are its blocks after the group's `trunk` ones, `published`
-    leading blocks are in the prefix cache. `row` is its row in the plan being made. `era` counts evictions: a
-    step planned before one has written into blocks that are no longer the sequence's.
+    blocks and no slot (-1) is parked. tail[:, :cols] are its blocks after the group's `trunk` ones; of `published`
+    leading blocks it was seen to that they are in the prefix cache. From column `outdated` on the runner's table holds
+    other blocks than this one. `row` is its row in the plan being made. `era` counts evictions: a step planned before one
+    has written into blocks that are no longer the sequence's.
     """
 
     alive: Bools
@@ -50,37 +51,40 @@ class Sequences:
     trunk: Ints
     cols: Ints
     published: Ints
+    outdated: Ints
     row: Ints
 
     def __init__(self, capacity: int = 256, columns: int = 8) -> None:
         self._rows = np.full(capacity, _BLANK)
         self.tail: Ints = np.zeros((capacity, columns), np.int32)
-        self._free = list(range(capacity - 1, -1, -1))
+        self._free: Ints = np.arange(capacity - 1, -1, -1, dtype=np.int32)  # a stack: the first `_unused` entries
+        self._unused = capacity
         self._births = 0
         self._view()
 
     def __len__(self) -> int:
-        return len(self._rows) - len(self._free)
+        return len(self._rows) - self._unused
 
     def _view(self) -> None:
         for name, _ in _FIELDS:
             setattr(self, name, self._rows[name])
 
-    def allocate(self, count: int) -> list[int]:
+    def allocate(self, count: int) -> Ints:
         """`count` ids that live from now on, with no blocks, no slot and nothing known."""
-        while len(self._free) < count:
+        while self._unused < count:
             self._grow()
-        ids = [self._free.pop() for _ in range(count)]
-        for seq in ids:
-            self._births += 1
-            self.birth[seq] = self._births
-            self.alive[seq] = True
+        self._unused -= count
+        ids = self._free[self._unused : self._unused + count][::-1].copy()
+        self.birth[ids] = np.arange(self._births + 1, self._births + count + 1)
+        self.alive[ids] = True
+        self._births += count
         return ids
 
     def free(self, ids: Ints) -> None:
         """The ids may be used again; their blocks and slots were released before."""
         self._rows[ids] = _BLANK
-        self._free.extend(ids.tolist())
+        self._free[self._unused : self._unused + len(ids)] = ids
+        self._unused += len(ids)
 
     def fork(self, src: Ints, dst: Ints) -> None:
         """dst become copies of src, sharing their blocks; references, slots and streams are the caller's."""
@@ -112,5 +116,19 @@ class Sequences:
         old = len(self._rows)
         self._rows = np.concatenate([self._rows, np.full_like(self._rows, _BLANK)])
         self.tail = np.concatenate([self.tail, np.zeros_like(self.tail)])
-        self._free = list(range(2 * old - 1, old - 1, -1)) + self._free
+        free = np.arange(2 * old - 1, old - 1, -1, dtype=np.int32)
+        self._free = np.concatenate([free, self._free[: self._unused], np.zeros(old - self._unused, np.int32)])
+        self._unused += old
         self._view()
+
+
+def within(counts: Ints) -> Ints:
+    """0, 1, ... count - 1 for each count, one after another."""
+    ends = np.cumsum(counts)
+    return np.arange(int(ends[-1]) if len(ends) else 0, dtype=np.int32) - np.repeat(ends - counts, counts)
+
+
+def tally(numbers: Ints) -> list[tuple[int, int]]:
+    """Each number and how often it is there."""
+    found, counts = np.unique(numbers, return_counts=True)
+    return list(zip(found.tolist(), counts.tolist(), strict=True))

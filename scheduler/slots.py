@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from .plan import Forks, Ints, ints
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .plan import Bools, Forks, Ints, Longs, ints
 from .sequences import Sequences
-from .strategies.base import Ids
 
 
 class Slots:
@@ -12,53 +16,64 @@ class Slots:
 
     def __init__(self, count: int, table: Sequences) -> None:
         self._table = table
-        self._free = list(range(count - 1, -1, -1))
-        self._closed: set[int] = set()
-        self._forks: list[tuple[int, int, int]] = []  # src slot, seq, its birth
-        self._opens: list[tuple[int, int]] = []  # seq, its birth
+        self._free: Ints = np.arange(count - 1, -1, -1, dtype=np.int32)  # a stack: the first `free` entries
+        self.free = count
+        self._closed = np.zeros(count, np.bool_)
+        self._forks: list[tuple[Ints, Ints, Longs]] = []  # source slots, sequences, their births
+        self._opens: list[tuple[Ints, Longs]] = []  # sequences, their births
 
-    @property
-    def free(self) -> int:
-        return len(self._free)
-
-    def open(self, seqs: Ids) -> None:
+    def open(self, seqs: Ints) -> None:
         """A slot for each sequence, its state sent with the next plan."""
-        for seq in seqs:
-            self._take(int(seq))
-            self._opens.append((int(seq), int(self._table.birth[seq])))
+        if len(seqs):
+            self._take(seqs)
+            self._opens.append((seqs, self._table.birth[seqs]))
 
-    def fork(self, sources: Ints, dst: list[int]) -> None:
+    def fork(self, sources: Ints, dst: Ints) -> None:
         """A slot for each dst, its state copied from the source slot, or sent where that is -1."""
-        births = self._table.birth
-        for slot, seq in zip(sources.tolist(), dst, strict=True):
-            if slot < 0:
-                self.open([seq])
-            else:
-                self._take(seq)
-                self._forks.append((slot, seq, int(births[seq])))
+        copied = sources >= 0
+        if not copied.all():
+            self.open(dst[~copied])
+            sources, dst = sources[copied], dst[copied]
+        if len(dst):
+            self._take(dst)
+            self._forks.append((sources, dst, self._table.birth[dst]))
 
     def close(self, seqs: Ints) -> None:
         """The sequences need no slot any more."""
         slots = self._table.slot[seqs]
-        slots = slots[slots >= 0].tolist()
-        self._free.extend(slots)
-        self._closed.update(slots)
+        slots = slots[slots >= 0]
+        self._free[self.free : self.free + len(slots)] = slots
+        self.free += len(slots)
+        self._closed[slots] = True
         self._table.slot[seqs] = -1
 
-    def _take(self, seq: int) -> None:
-        if not self._free:
+    def _take(self, seqs: Ints) -> None:
+        if len(seqs) > self.free:
             raise RuntimeError("no slot is free: a strategy runs more sequences than its footprint says")
-        slot = self._free.pop()
-        self._closed.discard(slot)
-        self._table.slot[seq] = slot
+        self.free -= len(seqs)
+        slots = self._free[self.free : self.free + len(seqs)][::-1]
+        self._closed[slots] = False
+        self._table.slot[seqs] = slots
 
-    def drain(self) -> tuple[Forks, Ints, list[int]]:
+    def drain(self) -> tuple[Forks, Ints, Ints]:
         """Forks, closes and sequences to open since the last plan, less what has ended meanwhile."""
-        table = self._table
-        forks = [(src, seq) for src, seq, birth in self._forks if table.birth[seq] == birth and table.slot[seq] >= 0]
-        opens = dict.fromkeys(seq for seq, birth in self._opens if table.birth[seq] == birth and table.slot[seq] >= 0)
-        forks = [(src, seq) for src, seq in forks if seq not in opens]  # evicted after the fork: opened instead
-        seqs = ints([seq for _, seq in forks])
-        closes = ints(sorted(self._closed))
-        self._forks, self._opens, self._closed = [], [], set()
-        return Forks(ints([src for src, _ in forks]), table.slot[seqs], table.stream[seqs]), closes, list(opens)
+        opens, births = _joined(self._opens, 2)
+        opens = np.unique(opens[self._stands(opens, births)])
+        sources, seqs, births = _joined(self._forks, 3)
+        # What was evicted after the fork is opened instead.
+        keep = self._stands(seqs, births) & ~np.isin(seqs, opens)
+        sources, seqs = sources[keep], seqs[keep]
+        closes = ints(np.flatnonzero(self._closed))
+        self._forks, self._opens = [], []
+        self._closed[closes] = False
+        return Forks(sources, self._table.slot[seqs], self._table.stream[seqs]), closes, opens
+
+    def _stands(self, seqs: Ints, births: Longs) -> Bools:
+        """Which of the sequences still live and have a slot."""
+        found: Bools = (self._table.birth[seqs] == births) & (self._table.slot[seqs] >= 0)
+        return found
+
+
+def _joined(parts: Sequence[tuple[Any, ...]], count: int) -> list[Any]:
+    """The first, second, ... arrays of all parts, each joined."""
+    return [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else [ints()] * count

@@ -164,12 +164,17 @@ class Strategy(Protocol):
     def trace(self) -> list[Any]:
         """What happened, one Struct per step, where the request asked for a trace; bounded."""
 
+    @property
+    def complete(self) -> bool:
+        """Whether trace() leaves nothing out for its size."""
+
 
 class Base:
     """Defaults of a strategy that asks nothing and parks nothing."""
 
     lockstep: ClassVar[bool] = True
     pipelined: ClassVar[bool] = False
+    complete: bool = True
 
     def answer(self, group: Group, values: list[float]) -> list[Edit]:
         """Never called: no Ask was made."""

@@ -7,28 +7,32 @@ from typing import Any
 
 import numpy as np
 
+from pagefork.scheduler.accounting import Trace, Usage
 from pagefork.scheduler.edits import Update
 from pagefork.scheduler.errors import PageforkError
 from pagefork.scheduler.params import CommonParams, SamplingParams
 from pagefork.scheduler.plan import Spec
 from pagefork.scheduler.request import Request
 from pagefork.scheduler.scheduler import Scheduler
-from pagefork.scheduler.strategies.base import Emit
+from pagefork.scheduler.strategies.base import Ask, Emit
 from support.oracle import OracleRunner, continuation, scores
-from support.toys import BeamToyParams, LookToyParams, RolloutToyParams, beam_reference, look_reference, rollout_reference, value
+from support.toys import BeamToyParams, LookToyParams, RolloutToyParams, beam_reference, look_reference, rollout_reference
 
 
 @dataclass
 class Tracked:
-    """A request and what came of it."""
+    """A request and what came of it. Where `expected` is None its tokens are not compared."""
 
-    expected: list[list[int]]
+    expected: list[list[int]] | None
     tokens: list[list[int]]
     prompt: list[int] = field(default_factory=list)
     spec: Spec | None = None
     scored: list[tuple[int, float, list[int]]] | None = None  # of prompt tokens: position, log-prob, top ids
     reasons: dict[int, str] = field(default_factory=dict)
     scores: dict[int, float | None] = field(default_factory=dict)
+    logps: dict[int, list[float]] = field(default_factory=dict)
+    usage: Usage | None = None
+    trace: Trace | None = None
     done: bool = False
     error: PageforkError | None = None
 
@@ -41,36 +45,52 @@ class Harness:
         self.scheduler = Scheduler(num_blocks, block_size, slots, budget, **settings)
         self.runner = OracleRunner(num_blocks, block_size, slots, budget=budget)
         self.requests: dict[str, Tracked] = {}
-        self.asks: list[str] = []
+        self.asks: list[tuple[str, Ask]] = []  # that wait for their values
         self.answer_at_once = True
 
-    def add(self, prompt: list[int], params: CommonParams, stops: frozenset[int] = frozenset(), **options: Any) -> str:
+    def add(
+        self,
+        prompt: list[int],
+        params: CommonParams,
+        stops: frozenset[int] = frozenset(),
+        expected: list[list[int]] | None = None,
+        rank: bool = False,
+        **options: Any,
+    ) -> str:
+        """Queue a request of any strategy; its id. Tokens are compared with `expected`, or what is known to be expected."""
         name = str(len(self.requests))
         count = params.max_tokens or 1
         spec = Spec(
             prompt_len=len(prompt),
             seed=int(name),
-            temperature=getattr(params, "temperature", 0.0),
+            temperature=getattr(params, "temperature", None) or 0.0,
             frequency_penalty=params.frequency_penalty,
+            rank=rank,
         )
         request = Request(
             name, np.array(prompt, np.int32), params, spec, len(prompt) + count, end_ids=stops, model_end_ids=stops, **options
         )
         outputs = self.scheduler.add(request)
-        match params:
-            case SamplingParams():
-                expected = [continuation(prompt, spec, stream, count, stops) for stream in range(params.width)]
-            case BeamToyParams():
-                expected = beam_reference(prompt, spec, params.width, count)
-            case LookToyParams():
-                expected = [look_reference(prompt, spec, params.branch, count)]
-            case RolloutToyParams():
-                expected = [rollout_reference(prompt, spec, params.branch, params.depth, count)]
-            case _:
-                expected = []
+        if expected is None:
+            expected = self._expected(prompt, spec, params, stops)
         scored: list[tuple[int, float, list[int]]] | None = None if request.prompt_logprobs is None else []
         self.requests[name] = Tracked(expected, [[] for _ in range(outputs)], prompt, spec, scored)
         return name
+
+    def _expected(self, prompt: list[int], spec: Spec, params: CommonParams, stops: frozenset[int]) -> list[list[int]] | None:
+        """The outputs of sampling and of the toys, from the oracle's model alone."""
+        count = params.max_tokens or 1
+        match params:
+            case SamplingParams():
+                return [continuation(prompt, spec, stream, count, stops) for stream in range(params.width)]
+            case BeamToyParams():
+                return beam_reference(prompt, spec, params.width, count)
+            case LookToyParams():
+                return [look_reference(prompt, spec, params.branch, count)]
+            case RolloutToyParams():
+                return [rollout_reference(prompt, spec, params.branch, params.depth, count)]
+            case _:
+                return None
 
     def step(self) -> bool:
         """One step, then every check; whether anything was planned, applied or ended."""
@@ -89,10 +109,9 @@ class Harness:
 
     def answer(self) -> None:
         """Answer the oldest Ask."""
-        name = self.asks.pop(0)
+        name, ask = self.asks.pop(0)
         if not self.requests[name].done:
-            strategy: Any = self.scheduler._by_id[name].strategy
-            self.take([self.scheduler.answer(name, [value(tokens) for tokens in strategy.asked_tokens()])])
+            self.take([self.scheduler.answer(name, list(ask.function(ask.items)))])
 
     def run(self) -> None:
         """Step until everything has ended; then nothing may be held."""
@@ -125,6 +144,7 @@ class Harness:
                 assert event.index not in tracked.reasons, "an event of an output that is complete"
                 if isinstance(event, Emit):
                     tracked.tokens[event.index] += event.tokens
+                    tracked.logps.setdefault(event.index, []).extend(event.logps)
                 else:
                     tracked.reasons[event.index] = event.reason
                     tracked.scores[event.index] = event.score
@@ -132,7 +152,8 @@ class Harness:
                 assert tracked.scored is not None, "prompt tokens are scored that nobody asked for"
                 rows = zip(part.logps, part.top_ids.tolist(), strict=True)
                 tracked.scored += [(part.begin + i, logp, top) for i, (logp, top) in enumerate(rows)]
-            self.asks += [update.request_id for _ in update.asks]
+            self.asks += [(update.request_id, ask) for ask in update.asks]
+            tracked.usage, tracked.trace = update.usage, update.trace
             tracked.done = update.done
             tracked.error = update.error
             if update.done:
@@ -144,6 +165,8 @@ class Harness:
             assert tracked.error is None or isinstance(tracked.error, errors), f"request {name} failed: {tracked.error}"
             if tracked.scored is not None:
                 self._assert_scored(name, tracked)
+            if tracked.expected is None:
+                continue
             if tracked.done and set(tracked.reasons.values()) <= {"stop", "length"}:
                 assert tracked.tokens == tracked.expected[: len(tracked.tokens)], f"request {name} got other tokens than alone"
             else:

@@ -6,6 +6,7 @@ exact equality with `continuation`, which knows no blocks, is demanded everywher
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 
 import numpy as np
@@ -50,6 +51,24 @@ def continuation(prompt: list[int], spec: Spec, stream: int, count: int, stops: 
         if tokens[-1] in stops:
             break
     return tokens[len(prompt) :]
+
+
+def similarity(tokens: list[int], window: int = 0) -> float:
+    """The largest of the hash-cosines in [-1, 1] between the last position and those before it, the last `window` (0: all).
+
+    -1 where nothing is before it.
+    """
+    states = [0]
+    for token in tokens:
+        states.append(mix(states[-1], token))
+    earlier = states[1:-1][-window:]
+    return max((mix(state, states[-1]) / 2**63 - 1.0 for state in earlier), default=-1.0)
+
+
+def ranks(values: NDArray[np.float64], tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The rank of each of some tokens, 1 being the most probable; 0 for token -1."""
+    found = (values[None, :] > values[tokens][:, None]).sum(1) + 1
+    return np.where(tokens < 0, 0, found).astype(np.int32)
 
 
 class OracleRunner:
@@ -154,11 +173,46 @@ class OracleRunner:
             logp = [scores(tokens, spec)[t] for tokens, spec, t in zip(contexts, specs, token, strict=True)]
             return Reads(bad, np.array(token, np.int32), np.array(logp, np.float32), np.ones(count, np.int32))
         values = np.stack([scores(tokens, spec) for tokens, spec in zip(contexts, specs, strict=True)])
-        top = np.argsort(-values, axis=1, kind="stable")[:, : probe.n].astype(np.int32)
-        logp = np.take_along_axis(values, top, axis=1).astype(np.float32)
+        if probe.kind is Kind.MERGE:
+            return _merge(probe, values, specs)
+        top, logp = _top(values, probe.n)
         if probe.kind is Kind.TOPN:
-            return Reads(bad, top_id=top, top_logp=logp, top_p=np.exp(logp))
+            reads = Reads(bad, top_id=top, top_logp=logp, top_p=np.exp(logp))
+            if probe.processed:
+                reads.top_rank = np.stack([ranks(v, t) * s.rank for v, t, s in zip(values, top, specs, strict=True)])
+            if probe.window is not None:
+                found = [similarity(tokens, int(window)) for tokens, window in zip(contexts, probe.window, strict=True)]
+                reads.sim = np.array(found, np.float32)
+            return reads
         assert probe.kind is Kind.TARGET and probe.target is not None
         own = values[np.arange(count), probe.target].astype(np.float32)
         rank = (values > own[:, None]).sum(1).astype(np.int32) + 1
         return Reads(bad, logp=own, rank=rank, top_id=top, top_logp=logp)
+
+
+def _top(values: NDArray[np.float64], n: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """The n best tokens of each row and their scores; -1 and -inf past the vocabulary."""
+    top = np.argsort(-values, axis=1, kind="stable")[:, :n].astype(np.int32)
+    logp = np.take_along_axis(values, top, axis=1).astype(np.float32)
+    beyond = ((0, 0), (0, n - top.shape[1]))
+    return np.pad(top, beyond, constant_values=-1), np.pad(logp, beyond, constant_values=-np.inf)
+
+
+def _merge(probe: Probe, values: NDArray[np.float64], specs: list[Spec]) -> Reads:
+    """The n best (entry, token) pairs of each group by bias + score, in float32; ties to the lower entry, then token."""
+    assert probe.groups is not None and probe.bias is not None and probe.bias.dtype == np.float32
+    assert probe.groups[0] == 0 and probe.groups[-1] == len(values) == len(probe.bias)
+    logps = values.astype(np.float32)
+    shape = len(probe.groups) - 1, probe.n
+    parent, top, rank = (np.full(shape, fill, np.int32) for fill in (-1, -1, 0))
+    score, logp = np.full(shape, -np.inf, np.float32), np.full(shape, -np.inf, np.float32)
+    for g, (begin, end) in enumerate(itertools.pairwise(probe.groups.tolist())):
+        sums = (probe.bias[begin:end, None] + logps[begin:end]).reshape(-1)
+        best = np.argsort(-sums, kind="stable")[: probe.n]
+        n = len(best)
+        parent[g, :n], top[g, :n] = begin + best // VOCAB, best % VOCAB
+        score[g, :n], logp[g, :n] = sums[best], logps[parent[g, :n], top[g, :n]]
+        pairs = zip(parent[g, :n].tolist(), top[g, :n], strict=True)
+        rank[g, :n] = [int(ranks(values[p], np.array([t]))[0]) * specs[p].rank for p, t in pairs]
+    bad = np.zeros(len(values), np.bool_)
+    return Reads(bad, top_id=top, top_logp=logp, top_rank=rank, parent=parent, score=score)

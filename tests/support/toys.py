@@ -11,10 +11,10 @@ import numpy as np
 
 from pagefork.scheduler.group import Group
 from pagefork.scheduler.params import CommonParams
-from pagefork.scheduler.plan import Kind, Spec
+from pagefork.scheduler.plan import Kind, Spec, ints
 from pagefork.scheduler.request import Request
 from pagefork.scheduler.strategies.base import Ask, Base, Drop, Edit, Emit, Finish, Footprint, Grow, Ids, Read, register
-from support.oracle import mix, scores
+from support.oracle import VOCAB, mix, scores
 
 
 class BeamToyParams(CommonParams, frozen=True, kw_only=True):
@@ -41,16 +41,17 @@ class BeamToy(Base):
 
     def probe(self, group: Group, seqs: Ids) -> list[Read]:
         self.seqs = self.seqs or [int(seqs[0])]
-        return [Read(Kind.TOPN, seqs, n=self.width)]
+        here = set(map(int, seqs))
+        ranks = [rank for rank, seq in enumerate(self.seqs) if seq in here]
+        bias = np.array([self.beams[rank][0] for rank in ranks], np.float32)
+        return [Read(Kind.MERGE, [self.seqs[rank] for rank in ranks], n=self.width, groups=ints([0, len(ranks)]), bias=bias)]
 
     def advance(self, group: Group, seqs: Ids, reads: list[Any]) -> list[Edit]:
-        row = {int(seq): i for i, seq in enumerate(seqs)}
-        assert set(row) == set(self.seqs), "advance must see the whole generation"
-        candidates = []
-        for rank, (seq, (score, _)) in enumerate(zip(self.seqs, self.beams, strict=True)):
-            ids, logps = reads[0].top_id[row[seq]], reads[0].top_logp[row[seq]]
-            candidates += [(-(score + float(logp)), rank, int(token)) for token, logp in zip(ids, logps, strict=True)]
-        best = sorted(candidates)[: self.width]
+        ranks = {seq: rank for rank, seq in enumerate(self.seqs)}
+        assert sorted(map(int, seqs)) == sorted(ranks), "advance must see the whole generation"
+        found = zip(reads[0].score.flat, reads[0].parent.flat, reads[0].top_id.flat, strict=True)
+        best = sorted((-float(score), ranks[int(seqs[parent])], int(token)) for score, parent, token in found if parent >= 0)
+        best = best[: self.width]
         beams = [(-score, [*self.beams[rank][1], token]) for score, rank, token in best]
         if len(beams[0][1]) == self.length:
             edits: list[Edit] = [Emit(i, tokens, [0.0] * len(tokens)) for i, (_, tokens) in enumerate(beams)]
@@ -68,14 +69,13 @@ class BeamToy(Base):
 
 def beam_reference(prompt: list[int], spec: Spec, width: int, length: int) -> list[list[int]]:
     """What BeamToy must return, from the oracle's model alone."""
-    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    beams: list[tuple[np.float32, list[int]]] = [(np.float32(0), [])]
     for _ in range(length):
         candidates = []
         for rank, (score, tokens) in enumerate(beams):
-            values = scores([*prompt, *tokens], spec).astype(np.float32)
-            top = np.argsort(-values, kind="stable")[:width]
-            candidates += [(-(score + float(values[t])), rank, int(t)) for t in top]
-        beams = [(-s, [*beams[rank][1], token]) for s, rank, token in sorted(candidates)[:width]]
+            values = score + scores([*prompt, *tokens], spec).astype(np.float32)
+            candidates += [(-values[token], rank, token) for token in range(VOCAB)]
+        beams = [(-score, [*beams[rank][1], token]) for score, rank, token in sorted(candidates)[:width]]
     return [tokens for _, tokens in beams]
 
 
@@ -111,7 +111,7 @@ class LookToy(Base):
             self.node = int(seqs[0])
             return self._expand(group, tops[self.node])
         self.children = {seq: (self.children[seq][0], top) for seq, top in tops.items()}
-        return [Ask(list, list(self.children), 60.0)]
+        return [Ask(values, [[*self.tokens, token] for token, _ in self.children.values()], 60.0)]
 
     def answer(self, group: Group, values: list[float]) -> list[Edit]:
         best = list(self.children)[int(np.argmax(values))]
@@ -127,10 +127,6 @@ class LookToy(Base):
     def shed(self, group: Group) -> Ids:
         return [self.node] if self.node >= 0 and not group.asked else []
 
-    def asked_tokens(self) -> list[list[int]]:
-        """The tokens of each child that the pending Ask is about."""
-        return [[*self.tokens, token] for token, _ in self.children.values()]
-
     def _expand(self, group: Group, top: list[int]) -> list[Edit]:
         if len(self.tokens) == self.length - 1:  # children at the limit need no forward
             self.tokens.append(top[0])
@@ -143,6 +139,11 @@ class LookToy(Base):
 def value(tokens: list[int]) -> float:
     """The outside value of a child."""
     return mix(7, *tokens) / 2**64
+
+
+def values(children: list[list[int]]) -> list[float]:
+    """The outside values of several children."""
+    return [value(tokens) for tokens in children]
 
 
 def look_reference(prompt: list[int], spec: Spec, branch: int, length: int) -> list[int]:

@@ -1,0 +1,104 @@
+"""How much a state resembles the earlier ones of its sequence: the penalty of contrastive search.
+
+    sim[p] = max of cos(h_p, h_j) over positions j of the same sequence, position[p] - window[p] <= j < position[p]
+
+States are held unit-normalised in pages, so a cosine is a dot product, added up in fp32. The candidates of one search
+share all blocks but the last ones: neighbours whose tables begin alike form a run, which reads the blocks that begin
+them once, as a matrix product with ROWS queries. All entries read their last blocks on their own. What is multiplied
+has the same shape whoever else is read, so that nobody else changes a result.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+ROWS = 8  # queries of one product, padded with zeros
+_OWN = 2  # blocks at the end of a table that each entry reads on its own
+_STATES = 1 << 19  # elements of states gathered at once
+
+
+def write_states(states: Tensor, pages: Tensor, blocks: Tensor, offsets: Tensor) -> None:
+    """Stores the states of T tokens, divided by their norms, token t at offset offsets[t] of block blocks[t].
+
+    states: floating [T, D]; pages: [blocks, block size, D]; blocks, offsets: int64 [T]. Norms are fp32; a state of
+    zeros stays one. Raises ValueError for shapes that do not fit.
+    """
+    if states.shape != (blocks.numel(), pages.shape[2]) or offsets.shape != blocks.shape:
+        raise ValueError(f"{blocks.numel()} places for states of {pages.shape[2]}; given states {list(states.shape)}")
+    pages[blocks, offsets] = unit(states).to(pages.dtype)
+
+
+def unit(states: Tensor) -> Tensor:
+    """States [T, D] in fp32, divided by their norms."""
+    return functional.normalize(states.float(), dim=-1)
+
+
+def similarity(states: Tensor, pages: Tensor, tables: Tensor, position: Tensor, window: Tensor) -> Tensor:
+    """fp32 [P] as above; -1 where nothing is earlier, and at most 1.
+
+    states: floating [P, D], of any norm. pages: [blocks, block size, D], as `write_states` leaves them. tables: int64
+    [P, C] on the CPU, the blocks of each entry's sequence. position, window: int64 [P] on the CPU; window 0 is all.
+    Raises ValueError for other shapes, or a position outside of its table.
+    """
+    count, size = len(states), pages.shape[1]
+    if states.shape != (count, pages.shape[2]) or tables.dim() != 2 or any(len(x) != count for x in (tables, position, window)):
+        shapes = ", ".join(str(list(x.shape)) for x in (states, tables, position, window))
+        raise ValueError(f"states [P, {pages.shape[2]}], tables [P, C], positions [P] and windows [P] go together, not {shapes}")
+    if count == 0:
+        return states.new_empty(0, dtype=torch.float32)
+    if int(position.min()) < 0 or int(position.max()) > tables.shape[1] * size or int(window.min()) < 0:
+        raise ValueError(f"positions must be in [0, {tables.shape[1] * size}] and windows >= 0")
+    first = torch.where(window > 0, (position - window).clamp(min=0), 0)
+    shared = (-(-position // size) - _OWN).clamp(min=0)  # leading blocks, all of them of earlier positions
+    queries = unit(states)
+    out = _over_own(queries, pages, tables, shared, first, position)
+    for begin, end in _runs(tables, shared):
+        blocks, low = tables[begin, : shared[begin]], first[begin:end].tolist()
+        for part in range(begin, end, ROWS):
+            cut = slice(part, min(part + ROWS, end))
+            best = _over_shared(queries[cut], pages, blocks, low[part - begin : cut.stop - begin])
+            out[cut] = torch.maximum(out[cut], best)
+    return out.clamp_(max=1.0)
+
+
+def _runs(tables: Tensor, shared: Tensor) -> list[tuple[int, int]]:
+    """Runs (begin, end) of neighbours that share their leading blocks; none of entries that have no such blocks."""
+    alike = (tables[1:] == tables[:-1]).long().cumprod(-1).sum(-1)
+    same = ((alike >= shared[1:]) & (shared[1:] == shared[:-1])).tolist()
+    edges = [0, *(i + 1 for i, joined in enumerate(same) if not joined), len(tables)]
+    return [(begin, end) for begin, end in itertools.pairwise(edges) if begin < end and shared[begin] > 0]
+
+
+def _over_shared(queries: Tensor, pages: Tensor, blocks: Tensor, first: list[int]) -> Tensor:
+    """The best over `blocks` [C] from position first[r] on, fp32 [r] for queries [r, D]."""
+    _, size, width = pages.shape
+    padded = functional.pad(queries, (0, 0, 0, ROWS - len(queries)))
+    out = queries.new_full((len(queries),), -1.0)
+    step = max(1, _STATES // (size * width))
+    for column in range(min(first) // size // step * step, len(blocks), step):
+        states = pages.index_select(0, blocks[column : column + step].to(pages.device)).view(-1, width)
+        cosines = (padded @ states.float().T)[: len(queries)]
+        if max(first) > column * size:
+            place = torch.arange(column * size, column * size + len(states), device=out.device)
+            cosines = cosines.masked_fill(place < torch.tensor(first, device=out.device)[:, None], -1.0)
+        out = torch.maximum(out, cosines.amax(-1))
+    return out
+
+
+def _over_own(queries: Tensor, pages: Tensor, tables: Tensor, shared: Tensor, first: Tensor, position: Tensor) -> Tensor:
+    """The best over the blocks after the shared ones, fp32 [P]."""
+    count, width, size = *queries.shape, pages.shape[1]
+    columns = shared[:, None] + torch.arange(_OWN)
+    blocks = tables.gather(-1, columns.clamp(max=tables.shape[1] - 1)).to(pages.device)
+    place = (columns[..., None] * size + torch.arange(size)).view(count, -1)
+    earlier = ((place >= first[:, None]) & (place < position[:, None])).to(pages.device)
+    step = max(1, _STATES // (_OWN * size * width))
+    found = [
+        (pages[blocks[i : i + step]].float().view(-1, _OWN * size, width) * queries[i : i + step, None]).sum(-1)
+        for i in range(0, count, step)
+    ]
+    return torch.where(earlier, torch.cat(found), -1.0).amax(-1)
