@@ -1,8 +1,7 @@
 """How many tokens per second, prefill included, beside `generate` of transformers?
 
 A batch of random prompts is sampled (top_p 0.95, end tokens ignored) by both engines in one process: the same weights,
-prompts, lengths, dtype and threads. After a warm-up the engines alternate, A B A B, and each pair has prompts of
-its own, so that no prefix is in a cache. The ratio is the median over the pairs.
+prompts, lengths, dtype and threads. The engines take turns; the ratio is the median over the pairs.
 
     python benchmarks/throughput.py [--prompts 16 --input-len 128 --output-len 64 --pairs 3]
 
@@ -13,11 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +22,10 @@ from transformers import AutoModelForCausalLM
 from pagefork import LLM, SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent))
+from paired import Engine, add_load, measure, parsed, summarise
 from shared import RANDOM_LLAMA, ROOT, facts, random_llama
 
 TOP_P = 0.95
-Engine = Callable[[list[list[int]], int], int]  # (prompts, output length) -> tokens generated
 
 
 def pagefork_engine(model: str, dtype: str, sequences: int) -> Engine:
@@ -57,34 +52,6 @@ def transformers_engine(model: str, dtype: str) -> Engine:
         return int(out.shape[0] * (out.shape[1] - ids.shape[1]))
 
     return run
-
-
-def measure(engines: dict[str, Engine], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One entry per run: engine, pair, seconds and output tokens per second."""
-    draw = random.Random(args.seed)
-    runs = []
-    for pair in range(-1, args.pairs):  # -1 is the warm-up
-        prompts = [[draw.randrange(10, 4000) for _ in range(args.input_len)] for _ in range(args.prompts)]
-        for name, run in engines.items():
-            start = time.perf_counter()
-            tokens = run(prompts, args.output_len if pair >= 0 else 4)
-            seconds = time.perf_counter() - start
-            if pair < 0:
-                continue
-            if tokens != args.prompts * args.output_len:
-                raise RuntimeError(f"{name} generated {tokens} tokens instead of {args.prompts * args.output_len}")
-            runs.append({"engine": name, "pair": pair, "seconds": seconds, "tokens_per_second": tokens / seconds})
-            print(f"pair {pair}  {name:<12}  {seconds:7.2f} s  {tokens / seconds:8.1f} output tokens/s", flush=True)
-    return runs
-
-
-def summarise(runs: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
-    rates = {name: [run["tokens_per_second"] for run in runs if run["engine"] == name] for name in names}
-    ratios = [ours / theirs for ours, theirs in zip(*rates.values(), strict=True)]
-    return {
-        "median_tokens_per_second": {name: statistics.median(values) for name, values in rates.items()},
-        "ratio": {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)},
-    }
 
 
 def draw_chart(result: dict[str, Any], path: Path) -> None:
@@ -115,20 +82,11 @@ def draw_chart(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a checkpoint directory; default: a random Llama of 134.5 M parameters")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--input-len", type=int, default=128)
-    parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
+    add_load(parser, prompts=16, input_len=128, output_len=64)
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks/results", help="folder for throughput.json and throughput.png"
     )
-    args = parser.parse_args()
-    if min(args.prompts, args.input_len, args.output_len, args.pairs) < 1:
-        parser.error("--prompts, --input-len, --output-len and --pairs must be at least 1")
-
+    args = parsed(parser)
     torch.manual_seed(args.seed)
     model = args.model or random_llama()
     engines = {

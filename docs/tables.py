@@ -1,6 +1,7 @@
 """Write the tables of parameters in these documents from the Structs themselves: `python docs/tables.py [--check]`.
 
-A table stands between `<!-- table of NAME -->` and `<!-- end -->`, where NAME is PRESETS or a public Struct of pagefork.
+A table stands between `<!-- table of NAME -->` and `<!-- end -->`, where NAME is PRESETS or a public Struct of pagefork; with
+`<!-- table of own NAME -->` the fields that the Struct's base has too are left out.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ import pagefork
 from pagefork.cli.fields import fields_of
 from pagefork.scheduler.params import PRESETS
 
-MARKED = re.compile(r"(<!-- table of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- table of (own )?(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def table(name: str) -> str:
+def table(name: str, own: bool = False) -> str:
     if name == "PRESETS":
         settings = {preset: ", ".join(f"{key} {value}" for key, value in fields.items()) for preset, fields in PRESETS.items()}
         rows = ["| name | settings |", "|---|---|"] + [f"| `{preset}` | {shown} |" for preset, shown in settings.items()]
     else:
         rows = ["| name | type | default | allowed | meaning |", "|---|---|---|---|---|"]
-        rows += [f"| {' | '.join(row)} |" for row in parameters(getattr(pagefork, name))]
+        struct = getattr(pagefork, name)
+        known = {row[0] for row in parameters(struct.__base__)} if own else set()
+        rows += [f"| {' | '.join(row)} |" for row in parameters(struct) if row[0] not in known]
     return "\n".join(rows) + "\n"
 
 
@@ -61,7 +64,7 @@ def _default(field: Any) -> str:
 
 
 def with_tables(text: str) -> str:
-    return MARKED.sub(lambda match: match[1] + table(match[2]) + match[3], text)
+    return MARKED.sub(lambda match: match[1] + table(match[3], bool(match[2])) + match[4], text)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pagefork.outputs import Logprob as Logprob
     from pagefork.outputs import RequestMetrics as RequestMetrics
     from pagefork.outputs import RequestOutput as RequestOutput
+    from pagefork.scheduler.accounting import Trace as Trace
     from pagefork.scheduler.errors import BlockAccountingError as BlockAccountingError
     from pagefork.scheduler.errors import ConfigError as ConfigError
     from pagefork.scheduler.errors import EngineDeadError as EngineDeadError
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from pagefork.scheduler.search_params import BeamSearchParams as BeamSearchParams
     from pagefork.scheduler.search_params import ContrastiveSearchParams as ContrastiveSearchParams
     from pagefork.scheduler.search_params import MCTSParams as MCTSParams
+    from pagefork.scheduler.strategies.mcts import Leaf as Leaf
 
 __version__ = "0.1.0"
 
@@ -44,6 +46,7 @@ _NAMES_OF = {
     "core": ["LLMEngine"],
     "llm": ["LLM"],
     "outputs": ["CompletionOutput", "EngineStats", "Logprob", "RequestMetrics", "RequestOutput"],
+    "scheduler.accounting": ["Trace"],
     "scheduler.errors": [
         "BlockAccountingError",
         "ConfigError",
@@ -61,6 +64,7 @@ _NAMES_OF = {
     ],
     "scheduler.params": ["SamplingParams"],
     "scheduler.search_params": ["BeamSearchParams", "ContrastiveSearchParams", "MCTSParams"],
+    "scheduler.strategies.mcts": ["Leaf"],
 }
 _HOME = {name: module for module, names in _NAMES_OF.items() for name in names}
 

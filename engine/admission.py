@@ -26,7 +26,13 @@ class Admission:
     """Checks and translates requests for one model."""
 
     def __init__(
-        self, config: ModelConfig, first_token: int | None, tokenizer: Tokenizer | None, max_model_len: int, seed: int
+        self,
+        config: ModelConfig,
+        first_token: int | None,
+        tokenizer: Tokenizer | None,
+        max_model_len: int,
+        seed: int,
+        has_hidden_states: bool,
     ) -> None:
         self._config = config
         self._first_token = first_token
@@ -36,6 +42,7 @@ class Admission:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._seed = seed
+        self._has_hidden_states = has_hidden_states
         self._processors = itertools.count(1)
 
     def request(self, request_id: str, prompt: Prompt, params: CommonParams, priority: int = 0) -> Request:
@@ -48,6 +55,11 @@ class Admission:
             raise InvalidRequestError(f"priority={priority!r} must be an integer; lower runs earlier")
         if not isinstance(params, CommonParams):
             raise InvalidRequestError(f"params must be SamplingParams or those of another strategy, got {type(params).__name__}")
+        if params.needs_hidden_states and not self._has_hidden_states:
+            raise ParameterError(
+                f"{type(params).__name__} needs the hidden states of earlier tokens, which this engine doesn't keep: "
+                "start it with hidden_states=True"
+            )
         ids = self._tokens(prompt)
         if len(ids) >= self._max_model_len:
             raise InvalidRequestError(

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Any, Self, TypeVar
 
 from pagefork.scheduler.errors import EngineDeadError, EngineMisuseError, InvalidRequestError
-from pagefork.scheduler.params import CommonParams, SamplingParams
+from pagefork.scheduler.params import CommonParams
 
 from .admission import Prompt
 from .config import EngineConfig
@@ -163,8 +163,8 @@ class AsyncLLMEngine:
         """What was loaded and how it runs: model, memory (bytes), cache, device, CPU path."""
         return await self._call(LLMEngine.info)
 
-    async def default_params(self) -> SamplingParams:
-        """What generate() takes for params=None: SamplingParams from the model's generation_config."""
+    async def default_params(self) -> CommonParams:
+        """What generate() takes for params=None: parameters from the model's generation_config."""
         return await self._call(LLMEngine.default_params)
 
     def _open(self, prompt: Prompt, params: CommonParams | None, request_id: str | None, priority: int) -> Stream:

@@ -9,16 +9,17 @@ import torch
 
 from pagefork.scheduler.errors import ConfigError
 
-from .cache import KVCache, num_blocks_for
+from .cache import KVCache, hidden_share, num_blocks_for
 from .checkpoint import locate
 from .config import EngineConfig
 from .json_file import read_json
 from .kernels.linear import linear_backend
-from .models.config import DecoderConfig, ModelConfig, Outline
+from .models.config import DecoderConfig, Outline
 from .models.registry import Model, load_model, load_outline, resolve_dtype
 from .runner import ModelRunner
 from .tokenizer import Tokenizer
 
+_HIDDEN_SHARE = 0.2  # of the memory of keys and values: models with few KV heads and layers would pay more than they gain
 _SMALL_MODEL = 32 << 20  # bytes of weights up to which one thread is as fast as several
 
 
@@ -54,7 +55,8 @@ class Built(NamedTuple):
             "cpu_path": linear_backend(model.dtype, cache.device) if on_cpu else None,
             "threads": torch.get_num_threads() if on_cpu else None,
             "weights_memory": model.num_parameters * model.dtype.itemsize,
-            "cache_memory": cache.k.nbytes + cache.v.nbytes,
+            "cache_memory": cache.nbytes,
+            "hidden_states": cache.hidden is not None,
             "num_blocks": cache.num_blocks - 1,
             "block_size": cache.block_size,
             "batch_invariant": bool(config.batch_invariant),
@@ -79,7 +81,8 @@ def build(config: EngineConfig) -> Built:
     model = load_model(path, dtype, device, config.model_impl)
     if device.type == "cpu":
         _set_threads(config, model)
-    num_blocks = _num_blocks(config, model.config, length, dtype, device)
+    hidden = hidden_share(model.config) <= _HIDDEN_SHARE if config.hidden_states == "auto" else config.hidden_states
+    num_blocks = _num_blocks(config, model, length, hidden)
     capacity = (num_blocks - 1) * config.block_size
     if config.max_model_len is not None and capacity < length:
         raise ConfigError(
@@ -87,7 +90,7 @@ def build(config: EngineConfig) -> Built:
             "or raise num_blocks or kv_cache_memory"
         )
     length = min(length, capacity)
-    cache = KVCache(model.config, num_blocks, config.block_size, dtype, device)
+    cache = KVCache(model.config, num_blocks, config.block_size, dtype, device, hidden)
     runner = ModelRunner(model, cache, config.max_num_seqs, length, bool(config.batch_invariant))
     return Built(path, model, cache, runner, tokenizer, length, _generation(path))
 
@@ -122,11 +125,11 @@ def _set_threads(config: EngineConfig, model: Model) -> None:
         torch.set_num_threads(1)
 
 
-def _num_blocks(config: EngineConfig, model: ModelConfig, length: int, dtype: torch.dtype, device: torch.device) -> int:
+def _num_blocks(config: EngineConfig, model: Model, length: int, hidden: bool) -> int:
     """Blocks of the cache, the padding sink included; unasked no more than max_num_seqs sequences could fill."""
     if config.num_blocks is not None:
         return config.num_blocks + 1
-    blocks = num_blocks_for(config.kv_cache_memory, model, config.block_size, dtype, device)
+    blocks = num_blocks_for(config.kv_cache_memory, model.config, config.block_size, model.dtype, model.device, hidden)
     if config.kv_cache_memory is not None:
         return blocks
     return min(blocks, config.max_num_seqs * -(-length // config.block_size) + 1)

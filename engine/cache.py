@@ -1,4 +1,4 @@
-"""The paged KV cache: blocks of keys and values of all layers."""
+"""The paged KV cache: blocks of keys and values of all layers, and of last hidden states where searches need them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pagefork.kernels.kv_cache import copy_blocks
+from pagefork.kernels.similarity import write_states
 from pagefork.scheduler.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,11 +27,21 @@ class KVCache:
     """Keys and values of `num_blocks` blocks of `block_size` tokens.
 
     k: [layers, blocks, kv heads, head size, block size]; v: [layers, blocks, kv heads, block size, head size], laid out
-    as kernels/kv_cache.py says. Block 0 is where padding tokens go; it is never handed out. A fresh block holds whatever
-    memory held, perhaps NaN, until `begin` clears it; values are read only where they were written.
+    as kernels/kv_cache.py says. hidden: the states after the last norm, of norm 1, [blocks, block size, hidden size], or
+    None; every forward fills them, so that blocks that are shared, found again or copied have them. Block 0 is where
+    padding tokens go; it is never handed out. A fresh block holds whatever memory held, perhaps NaN, until `begin` clears
+    its keys; the rest is read only where it was written.
     """
 
-    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        hidden_states: bool = False,
+    ) -> None:
         if num_blocks < 2 or block_size < 1:
             raise ConfigError(
                 f"a cache has at least 2 blocks (one takes the padding) of 1 token; given {num_blocks} of {block_size}"
@@ -42,11 +53,17 @@ class KVCache:
         try:
             self.k = torch.empty(layers, num_blocks, heads, size, block_size, dtype=dtype, device=device)
             self.v = torch.empty(layers, num_blocks, heads, block_size, size, dtype=dtype, device=device)
+            shape = num_blocks, block_size, config.hidden_size
+            self.hidden = torch.empty(shape, dtype=dtype, device=device) if hidden_states else None
         except (RuntimeError, MemoryError) as error:
-            memory = num_blocks * block_bytes(config, block_size, dtype)
+            memory = num_blocks * block_bytes(config, block_size, dtype, hidden_states)
             raise ConfigError(
                 f"a cache of {num_blocks} blocks takes {memory} bytes, more than there are: lower num_blocks or kv_cache_memory"
             ) from error
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes + (0 if self.hidden is None else self.hidden.nbytes)
 
     def begin(self, blocks: Tensor) -> None:
         """Clears the keys of blocks (int64) that are about to be filled in part, for whole blocks of keys are read."""
@@ -59,20 +76,40 @@ class KVCache:
             read, written = (torch.from_numpy(np.asarray(blocks, np.int64)).to(self.device) for blocks in (src, dst))
             copy_blocks(self.k, read, written)
             copy_blocks(self.v, read, written)
+            if self.hidden is not None:
+                copy_blocks(self.hidden[None], read, written)
+
+    def write_hidden(self, states: Tensor, blocks: Tensor, offsets: Tensor) -> None:
+        """Stores the last hidden states [T, hidden size] of a step's tokens, where their keys and values are."""
+        if self.hidden is not None:
+            write_states(states, self.hidden, blocks, offsets)
 
 
-def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: keys and values of all layers."""
-    return 2 * config.num_hidden_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
+def hidden_share(config: ModelConfig) -> float:
+    """How much memory hidden states take, relative to that of keys and values."""
+    return config.hidden_size / (2 * config.num_hidden_layers * config.num_kv_heads * config.head_dim)
 
 
-def num_blocks_for(memory: int | None, config: ModelConfig, block_size: int, dtype: torch.dtype, device: torch.device) -> int:
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype, hidden_states: bool = False) -> int:
+    """Bytes of one block: keys and values of all layers, and the hidden states."""
+    layers = 2 * config.num_hidden_layers * config.num_kv_heads * config.head_dim
+    return (layers + config.hidden_size * hidden_states) * block_size * dtype.itemsize
+
+
+def num_blocks_for(
+    memory: int | None,
+    config: ModelConfig,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    hidden_states: bool = False,
+) -> int:
     """How many blocks fit into `memory` bytes; None: a share of what is free on the device.
 
     Unasked that is 90 % on a GPU, and on a CPU half of the available memory but at most 4 GiB. Raises ConfigError if
     not even two blocks fit.
     """
-    per_block = block_bytes(config, block_size, dtype)
+    per_block = block_bytes(config, block_size, dtype, hidden_states)
     blocks = (_free_share(device) if memory is None else memory) // per_block
     if blocks < 2:
         given = "the free memory" if memory is None else f"kv_cache_memory={memory}"

@@ -50,6 +50,13 @@ class EngineConfig(Checked, frozen=True, kw_only=True):
     block_size: Annotated[int, Meta(ge=1, le=256, description="Tokens per cache block")] = 16
     num_blocks: Annotated[int, Meta(ge=2, lt=2**31, description="Cache blocks; wins over kv_cache_memory")] | None = None
     kv_cache_memory: Annotated[Positive, Meta(description="Bytes for the cache; None: from free memory")] | None = None
+    hidden_states: Annotated[
+        Literal["auto"] | bool,
+        Meta(
+            description="Keep the last hidden states in the cache, which contrastive search reads; "
+            "auto: where that takes at most a fifth of the memory of keys and values"
+        ),
+    ] = "auto"
     max_num_seqs: Annotated[int, Meta(ge=1, le=1 << 20, description="Sequences that run at once")] = 256
     max_num_batched_tokens: Annotated[int, Meta(ge=2, lt=2**31, description="Tokens computed in one step")] = 2048
     enable_prefix_caching: Annotated[

@@ -12,12 +12,13 @@ from types import FrameType
 from typing import Any
 
 from pagefork.scheduler.edits import Update
-from pagefork.scheduler.errors import ConfigError, EngineMisuseError
-from pagefork.scheduler.params import CommonParams, SamplingParams
+from pagefork.scheduler.errors import ConfigError, EngineMisuseError, ValueFunctionError
+from pagefork.scheduler.params import CommonParams
 from pagefork.scheduler.request import Request
 from pagefork.scheduler.scheduler import Scheduler
 
 from .admission import Admission, Prompt
+from .asking import Answer, Asking
 from .build import Built, build
 from .config import EngineConfig
 from .generation_config import default_params
@@ -25,6 +26,8 @@ from .output_processor import OutputProcessor, Pieces
 from .outputs import EngineStats, RequestOutput
 
 logger = logging.getLogger("pagefork")
+
+_PATIENCE = 0.01  # seconds that a step with nothing to compute waits for an answer; its caller has other things to do
 
 
 class LLMEngine:
@@ -50,8 +53,14 @@ class LLMEngine:
             policy=config.scheduling_policy,
         )
         self._admission = Admission(
-            self._built.model.config, self._built.first_token, self.tokenizer, self.max_model_len, config.seed
+            self._built.model.config,
+            self._built.first_token,
+            self.tokenizer,
+            self.max_model_len,
+            config.seed,
+            has_hidden_states=self._built.cache.hidden is not None,
         )
+        self._asking = Asking()
         self._pieces = Pieces(self.tokenizer)
         self._processors: dict[str, OutputProcessor] = {}
         self._undelivered: list[RequestOutput] = []
@@ -82,7 +91,7 @@ class LLMEngine:
         self._enter()
         update = self._scheduler.abort(request_id)
         if update is not None:
-            self._undelivered.append(self._process(update))
+            self._deliver(update)
 
     def discard(self, request_ids: Iterable[str]) -> None:
         """Abort requests whose outputs nobody waits for any more."""
@@ -96,11 +105,11 @@ class LLMEngine:
         self._undelivered += outputs
 
     @cached_property
-    def _default_params(self) -> SamplingParams:  # once, for its warning
+    def _default_params(self) -> CommonParams:  # once, for its warning
         return default_params(self._built.generation)
 
-    def default_params(self) -> SamplingParams:
-        """SamplingParams from the model's generation_config, as `generation_config.default_params` reads it."""
+    def default_params(self) -> CommonParams:
+        """Parameters from the model's generation_config, as `generation_config.default_params` reads it."""
         return self._default_params
 
     def has_request(self, request_id: str) -> bool:
@@ -115,42 +124,58 @@ class LLMEngine:
         """One step for all requests: the outputs that changed, each cumulative.
 
         A step that raises ends the requests that it computed with a StepFailedError in their outputs; the
-        engine goes on. Ctrl-C waits until the step is applied, so the engine stays usable.
+        engine goes on. Ctrl-C waits until the step is applied, so the engine stays usable. Where nothing can be computed
+        before a user's function answers, the step waits some milliseconds for that.
         """
         self._enter()
         self._stepping = True
         try:
             with _interrupt_deferred():
-                self._undelivered += [self._process(update) for update in self._advance()]
+                self._advance()
         finally:
             self._stepping = False
         outputs, self._undelivered = self._undelivered, []
         return outputs
 
-    def _advance(self) -> list[Update]:
+    def _advance(self) -> None:
+        self._deliver(*filter(None, map(self._answered, self._asking.collect())))
         plan = self._scheduler.schedule()
-        updates = self._scheduler.take_ended()
+        self._deliver(*self._scheduler.take_ended())
         if plan is None:
-            return updates
+            if not self._undelivered:
+                self._asking.wait(_PATIENCE)
+            return
         try:
             self._runner.submit(plan)
             result = self._runner.collect()
         except BaseException as error:
             logger.exception("step %d failed", plan.step)
             self._runner.reset()
-            updates += self._scheduler.abandon(error)
+            self._deliver(*self._scheduler.abandon(error))
             if isinstance(error, Exception):
-                return updates
-            self._undelivered += map(self._process, updates)  # an exit or interrupt goes on; the engine stays usable
-            raise
-        return updates + self._scheduler.apply(result)
+                return
+            raise  # an exit or interrupt goes on; the engine stays usable
+        self._deliver(*self._scheduler.apply(result))
 
-    def _process(self, update: Update) -> RequestOutput:
-        processor = self._processors[update.request_id]
-        if update.done:
-            del self._processors[update.request_id]
-            self._runner.processors.forget(processor.request.spec.processors)
-        return processor.process(update)
+    def _answered(self, answer: Answer) -> Update | None:
+        request_id, found = answer
+        if isinstance(found, ValueFunctionError):
+            return self._scheduler.fail(request_id, found)
+        return self._scheduler.answer(request_id, found)
+
+    def _deliver(self, *updates: Update) -> None:
+        """Start what updates ask for, and keep for the caller of step() what they changed."""
+        for update in updates:
+            processor = self._processors[update.request_id]
+            if update.done:
+                del self._processors[update.request_id]
+                self._runner.processors.forget(processor.request.spec.processors)
+                self._asking.cancel(update.request_id)
+            else:
+                for ask in update.asks:
+                    self._asking.start(update.request_id, ask)
+            if update.done or update.events or update.scores:
+                self._undelivered.append(processor.process(update))
 
     def _enter(self) -> None:
         """Refuse whoever would change the engine from another thread or in the middle of a step."""
@@ -169,6 +194,7 @@ class LLMEngine:
             num_blocks=scheduler.num_blocks - 1,
             free_blocks=scheduler.kv.pool.free,
             cached_blocks=scheduler.kv.pool.cached,
+            shared_block_ratio=scheduler.shared_block_ratio,
             num_running=scheduler.num_running,
             num_waiting=len(residents.waiting),
             steps=counters.steps,

@@ -9,7 +9,7 @@ from numbers import Integral
 from typing import Any
 
 from pagefork.scheduler.errors import InvalidRequestError
-from pagefork.scheduler.params import CommonParams, SamplingParams
+from pagefork.scheduler.params import CommonParams
 
 from .admission import Prompt
 from .config import EngineConfig
@@ -113,7 +113,7 @@ class LLM:
         """The next number that no request has which was added to the engine directly."""
         return next(name for name in map(str, self._ids) if not self.engine.has_request(name))
 
-    def default_params(self) -> SamplingParams:
+    def default_params(self) -> CommonParams:
         """What sampling_params=None means for this model; see LLMEngine.default_params."""
         return self.engine.default_params()
 

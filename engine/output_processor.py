@@ -6,6 +6,7 @@ import time
 
 import msgspec
 
+from pagefork.scheduler.accounting import Usage
 from pagefork.scheduler.edits import Update
 from pagefork.scheduler.params import CommonParams
 from pagefork.scheduler.request import Request
@@ -141,6 +142,8 @@ class OutputProcessor:
         if update.done:
             self._metrics.finished_time = now
             self._metrics.cached_tokens, self._metrics.preemptions = update.cached_tokens, update.preemptions
+            if update.usage is not None:
+                self._count(update.usage)
         return RequestOutput(
             request_id=update.request_id,
             prompt=self._prompt,
@@ -149,5 +152,12 @@ class OutputProcessor:
             outputs=[stream.output() for stream in self._streams],
             finished=update.done,
             metrics=msgspec.structs.replace(self._metrics),
+            trace=update.trace,
             error=update.error,
         )
+
+    def _count(self, usage: Usage) -> None:
+        metrics = self._metrics
+        metrics.forward_tokens, metrics.forks = usage.forward_tokens, usage.forks
+        metrics.blocks_copied, metrics.blocks_freed = usage.blocks_copied, usage.blocks_freed
+        metrics.shared_block_ratio = usage.shared_block_ratio

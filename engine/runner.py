@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pagefork.scheduler.plan import LAST_TOKEN, Ints, Kind, Plan, Probe, Reads, Result, Rows
+from pagefork.kernels.similarity import similarity
+from pagefork.scheduler.plan import LAST_TOKEN, Floats, Ints, Kind, Plan, Probe, Reads, Result, Rows
 from pagefork.scheduler.reading import joined
 
 from .batch import build_batch
@@ -45,6 +48,7 @@ class ModelRunner:
         batch = build_batch(plan.rows, self._table, tokens, self._model.config, self._cache, self._batch_invariant)
         self._sampler.feed(plan.rows, tokens)
         hidden = self._model.forward(batch, self._cache)
+        self._cache.write_hidden(hidden[: len(tokens)], batch.blocks, batch.offsets)
         self._results.append(Result(plan.step, self._read(plan, hidden)))
         self._sampler.end_step()
 
@@ -83,7 +87,18 @@ class ModelRunner:
             part = index[begin : begin + len(probe.at)]
             begin += len(probe.at)
             reads.append(self._sampler.read(logits, probe, torch.from_numpy(part).to(hidden.device), positions[part]))
+            if probe.window is not None:
+                reads[-1].sim = self._similarity(probe, rows, hidden)
         return reads
+
+    def _similarity(self, probe: Probe, rows: Rows, hidden: Tensor) -> Floats:
+        assert self._cache.hidden is not None and probe.window is not None
+        row, position = _places(probe.at, rows)
+        tables = self._table[rows.slot[row], : -(-int(position.max()) // self._cache.block_size) + 1]
+        states = hidden[torch.from_numpy(probe.at).to(hidden.device).long()]
+        host = (torch.from_numpy(values.astype(np.int64)) for values in (tables, position, probe.window))
+        found: Floats = similarity(states, self._cache.hidden, *host).cpu().numpy()
+        return found
 
     def _read_sliced(self, probe: Probe, rows: Rows, hidden: Tensor) -> Reads:
         size = max(1, _SLICE // self._model.config.vocab_size)
@@ -98,6 +113,12 @@ class ModelRunner:
 
     def _logits(self, places: Ints, rows: Rows, hidden: Tensor) -> tuple[Tensor, Ints]:
         """Logits at flat token indices, and the positions of their tokens."""
-        row = np.searchsorted(rows.offset, places, side="right") - 1
         logits = self._model.logits(hidden[torch.from_numpy(places).to(hidden.device).long()])
-        return logits, rows.start[row] + places - rows.offset[row]
+        return logits, _places(places, rows)[1]
+
+
+def _places(at: Ints, rows: Rows) -> tuple[NDArray[Any], Ints]:
+    """The rows that flat token indices belong to, and the positions of their tokens."""
+    row = np.searchsorted(rows.offset, at, side="right") - 1
+    position: Ints = rows.start[row] + at - rows.offset[row]
+    return row, position

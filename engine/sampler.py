@@ -1,12 +1,12 @@
 """Reads logits: draws tokens and looks up the most probable ones, for the probes of a plan.
 
 Log-probs are the model's own (before bans, bias, penalties and temperature) unless a spec asks for the processed
-distribution. Entries are worked on in slices that fit the cache; nothing that is read depends on how they are cut.
+distribution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,24 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pagefork.kernels.distribution import Distribution, Scale
+from pagefork.kernels.distribution import Scale
 from pagefork.kernels.filters import GREEDY
 from pagefork.kernels.philox import uniform
 from pagefork.kernels.sample import choose
-from pagefork.kernels.scratch import Scratch, chunks, widened
-from pagefork.kernels.top_logprobs import best_ids, padded, token_rank
+from pagefork.kernels.top_logprobs import best_ids, padded
 from pagefork.scheduler.plan import Bools, Forks, Ints, Kind, Opens, Probe, Reads, Rows, Spec
 
 from .custom_logits import LogitsProcessors
+from .logit_parts import Part, Parts, joined, kept
+from .merge import read_merge
 from .slot_state import SlotState
-
-
-class _Part(NamedTuple):
-    """Some entries of a probe: a slice that fits the cache."""
-
-    fields: NDArray[Any]  # the parameters of their slots [p]
-    logits: Tensor  # as the model gave them, fp32 [p, W]
-    adjusted: Tensor  # after bans, bias and penalties; `logits` itself where none applies
 
 
 class _Seen(NamedTuple):
@@ -40,6 +33,7 @@ class _Seen(NamedTuple):
     logits: Tensor
     entry: Ints  # [max_slots], index of a slot's entry below, -1 for none
     position: NDArray[Any]  # [P]
+    shaped: Bools  # [P], where `processed` means anything
     model: Scale
     processed: Scale
 
@@ -51,13 +45,15 @@ class Sampler:
         self.last = torch.zeros(max_slots, dtype=torch.int64, device=device)  # the token drawn last; 0 after a bad row
         self.processors = LogitsProcessors(vocab_size)
         self._state = SlotState(max_slots, vocab_size, max_len, device, self.processors)
+        self._parts = Parts(self._state, vocab_size, device)
+        self._tensor = self._parts.tensor
         self._vocab_size, self._device = vocab_size, device
-        self._scratch = Scratch()
         self._seen: _Seen | None = None
         # Reads, and which entries are bad though the model's logits are good.
         self._readers: dict[Kind, Callable[[Tensor, Probe, Tensor, NDArray[Any]], tuple[Reads, Tensor]]] = {
             Kind.SAMPLE: self._sample,
             Kind.TOPN: self._top,
+            Kind.MERGE: lambda *given: read_merge(self._parts, *given),
             Kind.TARGET: self._target,
         }
 
@@ -80,10 +76,8 @@ class Sampler:
         """What `probe` asks of logits [U, V] (floating point; not modified).
 
         index: int64 [P], the row of logits of every entry. position: [P], where its token was fed: the token drawn
-        comes one later, which keys the draw. Raises ValueError for a probe that can't be read.
+        comes one later, which keys the draw. Raises ValueError for logits of another shape.
         """
-        if probe.kind not in self._readers:
-            raise ValueError(f"no read-out for {probe.kind.name}; there are {', '.join(kind.name for kind in self._readers)}")
         if logits.ndim != 2 or logits.shape[1] != self._vocab_size:
             raise ValueError(f"logits must be of shape [rows, {self._vocab_size}], not {list(logits.shape)}")
         reads, emptied = self._readers[probe.kind](logits, probe, index, position)
@@ -104,66 +98,72 @@ class Sampler:
         return "its bans, logit_bias, penalties or logits processors left no token to draw"
 
     def _sample(self, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> tuple[Reads, Tensor]:
-        fields = self._state.fields[probe.slot]
+        fields, parts = self._state.fields[probe.slot], self._parts
         greedy, ranked = fields["temperature"] < GREEDY, fields["rank"]
         shaped = ~greedy | fields["processed"]  # rows whose processed distribution matters
         keys = map(self._tensor, (fields["seed"], fields["stream"], position + 1))
         number = torch.empty(len(greedy), device=self._device) if greedy.all() else uniform(*keys)
         found: list[tuple[Tensor, ...]] = []
         scales: list[tuple[Scale, Scale]] = []
-        for cut, part in self._parts(logits, probe.slot, index, position):
-            model, dist = self._distributions(part, shaped[cut])
+        for cut, part in parts.cut(logits, probe.slot, index, position):
+            model, dist = parts.distributions(part, shaped[cut])
             token = choose(dist, self._tensor(greedy[cut]), number[cut])
             processed = dist.scale() if shaped[cut].any() else model
             bad = model.bad | dist.bad
             token.masked_fill_(bad, 0)
-            logp = self._log_probs(part, model, processed, token[:, None])[:, 0].masked_fill_(bad, 0.0)
-            rank = self._ranks(part, token) if ranked[cut].any() else torch.zeros_like(token)
+            logp = parts.log_probs(part, model, processed, token[:, None])[:, 0].masked_fill_(bad, 0.0)
+            rank = parts.ranks(part, token) if ranked[cut].any() else torch.zeros_like(token)
             found.append((token, logp, rank, bad, bad & ~model.bad))
             scales.append((model, processed))
         token, logp, rank, bad, emptied = map(torch.cat, zip(*found, strict=True))
         self.last[self._tensor(probe.slot)] = token
-        if shaped.any():
-            self._remember(logits, probe.slot, position, shaped, scales)
+        self._remember(logits, probe.slot, position, shaped, scales)
         ranks = np.where(ranked, rank.cpu().numpy(), 0).astype(np.int32)
         reads = Reads(bad=bad.cpu().numpy(), token=token.int().cpu().numpy(), logp=logp.cpu().numpy(), rank=ranks)
         return reads, emptied
 
     def _top(self, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> tuple[Reads, Tensor]:
-        known = self._recall(logits, probe.slot, position)
-        n = min(probe.n, self._vocab_size)
+        """The most probable tokens by the log-probs that are reported, or by the processed probability."""
+        parts, n, fields = self._parts, min(probe.n, self._vocab_size), self._state.fields[probe.slot]
+        shaped, ranked = fields["processed"] | probe.processed, fields["rank"] & probe.processed
+        known = self._recall(logits, probe.slot, position, shaped)
         found: list[tuple[Tensor, ...]] = []
-        for cut, part in self._parts(logits, probe.slot, index, position):
-            if known is None:
-                model, dist = self._distributions(part, np.ones(len(part.fields), np.bool_))
-                processed = dist.scale()
-            else:
-                model, processed = (scale.pick(cut) for scale in known)
-            ids = best_ids(self._ordered(part, processed), n)
-            chance = processed.log_probs(part.adjusted.gather(-1, ids)).exp_()
-            found.append((ids, self._log_probs(part, model, processed, ids), chance, model.bad, processed.bad))
-        ids, logp, chance, broken, bad = map(torch.cat, zip(*found, strict=True))
+        for cut, part in parts.cut(logits, probe.slot, index, position, shaped):
+            model, processed = self._scales(part, shaped[cut]) if known is None else (scale.pick(cut) for scale in known)
+            bad = torch.where(self._tensor(shaped[cut]), processed.bad, model.bad)
+            ids = best_ids(kept(part, processed) if probe.processed else parts.ordered(part, processed), n)
+            logp = parts.log_probs(part, model, processed, ids)
+            chance = processed.log_probs(part.adjusted.gather(-1, ids)).exp_() if probe.processed else logp
+            rank = self._all_ranks(part, ids) if ranked[cut].any() else torch.zeros_like(ids)
+            found.append((bad | model.bad, bad & ~model.bad, ids, logp, chance, rank))
+        bad, emptied, ids, logp, chance, rank = map(torch.cat, zip(*found, strict=True))
+        if probe.processed:
+            hopeless = chance == 0
+            for values, fill in ((ids, -1), (logp, -torch.inf), (rank, 0)):
+                values.masked_fill_(hopeless, fill)
         reads = Reads(
-            bad=(broken | bad).cpu().numpy(),
+            bad=bad.cpu().numpy(),
             top_id=padded(ids, probe.n, -1).int().cpu().numpy(),
             top_logp=padded(logp, probe.n, -torch.inf).cpu().numpy(),
-            top_p=padded(chance, probe.n, 0.0).cpu().numpy(),
         )
-        return reads, bad & ~broken
+        if probe.processed:
+            reads.top_p = padded(chance, probe.n, 0.0).cpu().numpy()
+        if ranked.any():
+            reads.top_rank = np.where(ranked[:, None], padded(rank, probe.n, 0).int().cpu().numpy(), 0).astype(np.int32)
+        return reads, emptied
 
     def _target(self, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> tuple[Reads, Tensor]:
         """Log-prob and rank of given tokens, and the most probable ones at their places."""
         assert probe.target is not None
         target, wanted = self._tensor(probe.target).long(), self._state.fields["processed"][probe.slot]
-        n = min(probe.n, self._vocab_size)
+        parts, n = self._parts, min(probe.n, self._vocab_size)
         found: list[tuple[Tensor, ...]] = []
-        for cut, part in self._parts(logits, probe.slot, index, position, wanted):
-            model, dist = self._distributions(part, wanted[cut])
-            processed = dist.scale() if wanted[cut].any() else model
+        for cut, part in parts.cut(logits, probe.slot, index, position, wanted):
+            model, processed = self._scales(part, wanted[cut])
             bad = torch.where(self._tensor(wanted[cut]), processed.bad, model.bad)
-            ids = torch.cat((target[cut, None], best_ids(self._ordered(part, processed), n)), -1)
-            logp = self._log_probs(part, model, processed, ids)
-            found.append((bad, bad & ~model.bad, self._ranks(part, target[cut]), ids, logp))
+            ids = torch.cat((target[cut, None], best_ids(parts.ordered(part, processed), n)), -1)
+            logp = parts.log_probs(part, model, processed, ids)
+            found.append((bad, bad & ~model.bad, parts.ranks(part, target[cut]), ids, logp))
         bad, emptied, rank, ids, logp = map(torch.cat, zip(*found, strict=True))
         reads = Reads(
             bad=bad.cpu().numpy(),
@@ -174,76 +174,29 @@ class Sampler:
         )
         return reads, emptied
 
-    def _parts(
-        self, logits: Tensor, slot: Ints, index: Tensor, position: NDArray[Any], adjusting: Bools | None = None
-    ) -> Iterator[tuple[slice, _Part]]:
-        """One part at a time: the next one overwrites the memory of the last. Only rows marked `adjusting` need `adjusted`."""
-        for cut in chunks(len(slot), self._vocab_size, self._device):
-            model = widened(self._rows(logits, index[cut]), self._scratch)
-            adjusted = model
-            if adjusting is None or adjusting[cut].any():
-                adjusted = self._state.adjust(model, slot[cut], position[cut], self._scratch)
-            yield cut, _Part(self._state.fields[slot[cut]], model, adjusted)
+    def _scales(self, part: Part, shaped: Bools) -> tuple[Scale, Scale]:
+        """Of the model's distribution, and of the processed one where `shaped`."""
+        model, dist = self._parts.distributions(part, shaped)
+        return model, dist.scale() if shaped.any() else model
 
-    def _rows(self, logits: Tensor, index: Tensor) -> Tensor:
-        if len(index) and index.device.type == "cpu":
-            first, last = int(index[0]), int(index[-1])
-            if last - first + 1 == len(index) and torch.equal(index, torch.arange(first, last + 1)):
-                return logits[first : last + 1]
-        out = self._scratch.take("gathered", (len(index), logits.shape[1]), logits.dtype, logits.device)
-        return torch.index_select(logits, 0, index, out=out)
-
-    def _distributions(self, part: _Part, shaped: Bools) -> tuple[Scale, Distribution]:
-        """The model's distribution; the processed one where `shaped`, elsewhere only its best token means anything."""
-        model = Distribution(part.logits, None, self._scratch)
-        scale = model.scale()
-        fields = part.fields
-        heat = np.where(shaped & (fields["temperature"] >= GREEDY), fields["temperature"], np.float32(1))
-        plain = bool((heat == 1).all())
-        same = plain and part.adjusted is part.logits
-        dist = model if same else Distribution(part.adjusted, None if plain else self._tensor(heat), self._scratch)
-        if shaped.any():
-            limits = (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))
-            dist.restrict(*(self._tensor(np.where(shaped, fields[name], off)) for name, off in limits))
-        return scale, dist
-
-    def _log_probs(self, part: _Part, model: Scale, processed: Scale, ids: Tensor) -> Tensor:
-        """Log-probs fp32 [p, n] of ids [p, n], of the distribution that each row reports."""
-        own = model.log_probs(part.logits.gather(-1, ids))
-        if not part.fields["processed"].any():
-            return own
-        wanted = self._tensor(part.fields["processed"])[:, None]
-        return torch.where(wanted, processed.log_probs(part.adjusted.gather(-1, ids)), own)
-
-    def _ranks(self, part: _Part, token: Tensor) -> Tensor:
-        own = token_rank(part.logits, token, self._scratch)
-        if part.adjusted is part.logits or not part.fields["processed"].any():
-            return own
-        return torch.where(self._tensor(part.fields["processed"]), token_rank(part.adjusted, token, self._scratch), own)
-
-    def _ordered(self, part: _Part, processed: Scale) -> Tensor:
-        """Values fp32 [p, W] that order the tokens by the log-probs that each row reports."""
-        if not part.fields["processed"].any():
-            return part.logits
-        kept = part.adjusted.masked_fill(part.adjusted < processed.floor[:, None], -torch.inf)
-        return torch.where(self._tensor(part.fields["processed"])[:, None], kept, part.logits)
+    def _all_ranks(self, part: Part, ids: Tensor) -> Tensor:
+        """int64 [p, n] of ids [p, n]."""
+        return torch.stack([self._parts.ranks(part, column) for column in ids.unbind(-1)], -1)
 
     def _remember(
         self, logits: Tensor, slot: Ints, position: NDArray[Any], shaped: Bools, scales: list[tuple[Scale, Scale]]
     ) -> None:
         entry = np.full(len(self.last), -1, np.int32)
-        entry[slot[shaped]] = shaped.nonzero()[0]
-        model, processed = (Scale(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*scales, strict=True))
-        self._seen = _Seen(logits, entry, position, model, processed)
+        entry[slot] = np.arange(len(slot))
+        model, processed = (joined(list(parts)) for parts in zip(*scales, strict=True))
+        self._seen = _Seen(logits, entry, position, shaped, model, processed)
 
-    def _recall(self, logits: Tensor, slot: Ints, position: NDArray[Any]) -> tuple[Scale, Scale] | None:
-        """The scales of these entries, if SAMPLE of this step found them all."""
+    def _recall(self, logits: Tensor, slot: Ints, position: NDArray[Any], shaped: Bools) -> tuple[Scale, Scale] | None:
+        """The scales of these entries, the processed ones where `shaped`, if SAMPLE of this step found them all."""
         if self._seen is None or self._seen.logits is not logits:
             return None
         entry = self._seen.entry[slot]
-        if (entry < 0).any() or (self._seen.position[entry] != position).any():
+        missing = (entry < 0) | (self._seen.position[entry] != position) | (shaped & ~self._seen.shaped[entry])
+        if missing.any():
             return None
         return self._seen.model.pick(self._tensor(entry)), self._seen.processed.pick(self._tensor(entry))
-
-    def _tensor(self, values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, non_blocking=True)

@@ -19,7 +19,7 @@ from pagefork.kernels.logit_bias import apply_logit_bias
 from pagefork.kernels.ngram import ban_repeated_ngrams
 from pagefork.kernels.penalties import apply_penalties
 from pagefork.kernels.scratch import Scratch
-from pagefork.scheduler.plan import Forks, Ints, Opens, Rows, Spec
+from pagefork.scheduler.plan import Bools, Forks, Ints, Opens, Rows, Spec
 
 from .custom_logits import LogitsProcessors
 from .ragged import Ragged
@@ -40,7 +40,7 @@ _COPIED = (  # fields of a Spec that are numbers
     ("history", np.bool_),
     ("processors", np.int64),
 )
-_FIELDS = np.dtype([*_COPIED, ("seed", np.int64), ("stream", np.int64)], align=True)
+_FIELDS = np.dtype([*_COPIED, ("adjusted", np.bool_), ("seed", np.int64), ("stream", np.int64)], align=True)
 _BIAS = np.dtype([("token", np.int64), ("bias", np.float32)], align=True)
 _WORD = np.dtype([("token", np.int64), ("back", np.int64)])  # see ban_words
 _FIRST_COLUMNS = 256
@@ -73,7 +73,6 @@ class SlotState:
         for slot, which, stream in zip(opens.slot.tolist(), opens.spec.tolist(), opens.stream.tolist(), strict=True):
             spec = specs[which]
             numbers = (getattr(spec, name) for name, _ in _COPIED)
-            self.fields[slot] = (*numbers, np.uint64(spec.seed % 2**64).astype(np.int64), stream)
             words = [(token, back) for word in spec.bad_words for back, token in enumerate(reversed(word))]
             listed: tuple[NDArray[Any], ...] = (
                 np.array(spec.end_ids if spec.min_tokens else (), np.int64),
@@ -81,6 +80,8 @@ class SlotState:
                 np.array(list(spec.logit_bias), _BIAS),  # a list of tuples: a tuple would be one record
                 np.array(words, _WORD),
             )
+            adjusted = spec.history or any(len(items) for items in listed[1:])
+            self.fields[slot] = (*numbers, adjusted, np.uint64(spec.seed % 2**64).astype(np.int64), stream)
             for lists, items in zip(self._lists, listed, strict=True):
                 self._check(items["token"] if items.dtype.names else items)
                 lists.set(slot, items)
@@ -100,21 +101,32 @@ class SlotState:
         fed = held[row].nonzero()[0]
         self._write(rows.slot[row[fed]], position[fed], tokens[self._index(fed)])
 
-    def adjust(self, logits: Tensor, slot: Ints, position: NDArray[Any], scratch: Scratch) -> Tensor:
+    def adjusts(self, slot: Ints, position: NDArray[Any]) -> bool:
+        """Whether `adjust` would change anything."""
+        fields = self.fields[slot]
+        return bool((fields["adjusted"] | _ends_banned(fields, position)).any())
+
+    def failed(self, slot: Ints) -> Bools:
+        """Slots [P] of requests whose processors failed in this step."""
+        numbers = self.fields["processors"][slot]
+        failures = [number for number in np.unique(numbers).tolist() if self._processors.failure(number) is not None]
+        return np.isin(numbers, failures)
+
+    def adjust(self, logits: Tensor, slot: Ints, position: NDArray[Any], scratch: Scratch, wanted: Bools | None = None) -> Tensor:
         """The stages before the temperature: bans, bias, penalties, the request's own processors.
 
         Returns fp32 [P, W], or `logits` itself where none applies. Inside a prompt nothing counts as generated.
-        logits: fp32 [P, W], not modified. slot, position: [P], the last position that counts. Uses the buffer "adjusted".
+        logits: fp32 [P, W], not modified. slot, position: [P], the last position that counts. Rows that are not `wanted`
+        [P] may be left as they are; their processors are not called. Uses the buffer "adjusted".
         """
+        if not self.adjusts(slot, position):
+            return logits
         fields, length = self.fields[slot], position + 1
-        generated = length - fields["prompt_len"]
-        ends_banned = (generated >= 0) & (generated < fields["min_tokens"])
+        ends_banned = _ends_banned(fields, position)
         ends, allowed, bias, words = (
             lists.gather(slot, wanted) for lists, wanted in zip(self._lists, (ends_banned, None, None, None), strict=True)
         )
         ngram = fields["no_repeat_ngram_size"]
-        if not (fields["history"].any() or any(len(row) for row, _ in (ends, allowed, bias, words))):
-            return logits
         out = scratch.like("adjusted", logits).copy_(logits)
         tokens, length_held = self._histories(slot, np.where(fields["history"], length, 0))
         if len(allowed[0]):
@@ -132,8 +144,9 @@ class SlotState:
         if fields["history"].any():
             names = ("prompt_len", "repetition_penalty", "frequency_penalty", "presence_penalty")
             apply_penalties(out, tokens, length_held, *(self._tensor(fields[name]) for name in names), out=out)
-        if fields["processors"].any():
-            self._processors.apply(out, fields["processors"], slot, position, tokens)
+        processors = fields["processors"] if wanted is None else np.where(wanted, fields["processors"], 0)
+        if processors.any():
+            self._processors.apply(out, processors, slot, position, tokens)
         return out
 
     def _histories(self, slot: Ints, length: NDArray[Any]) -> tuple[Tensor, Tensor]:
@@ -166,3 +179,10 @@ class SlotState:
 
     def _tensor(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, non_blocking=True)
+
+
+def _ends_banned(fields: NDArray[Any], position: NDArray[Any]) -> Bools:
+    """Rows in which fewer than min_tokens are generated."""
+    generated = position + 1 - fields["prompt_len"]
+    banned: Bools = (generated >= 0) & (generated < fields["min_tokens"])
+    return banned

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"engine": "pagefork", "kernels": "pagefork/kernels", "scheduler": "pagefork/scheduler"}
 PUBLIC = {
     *("LLM", "LLMEngine", "AsyncLLMEngine", "EngineConfig", "SamplingParams"),
-    *("RequestOutput", "CompletionOutput", "Logprob", "RequestMetrics", "EngineStats"),
+    *("RequestOutput", "CompletionOutput", "Logprob", "RequestMetrics", "EngineStats", "Trace", "Leaf"),
     *("PageforkError", "InvalidRequestError", "ParameterError", "ConfigError", "ModelError"),
     *("KVExhaustedError", "NoTokenError", "NumericError", "StepFailedError", "EngineDeadError", "EngineMisuseError"),
     *("BlockAccountingError", "ValueFunctionError", "BeamSearchParams", "ContrastiveSearchParams", "MCTSParams"),
@@ -114,7 +114,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_module_and_claims_one_name(wheel: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
     assert {name for name in held if name.endswith(".py")} == package_files(".py")
-    assert held >= package_files(".typed") | package_files(".json") | package_files(".safetensors")
+    assert held >= set().union(*map(package_files, (".typed", ".json", ".safetensors", ".html")))
     assert {name.split("/")[0] for name in held} == {"pagefork", f"pagefork-{pagefork.__version__}.dist-info"}
 
 

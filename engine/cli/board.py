@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pagefork.cli.text import label, printable
-from pagefork.cli.view import output_name
+from pagefork.cli.view import output_name, score_of
 from pagefork.outputs import CompletionOutput, RequestOutput
 
 REFRESH = 0.08  # seconds between two frames
@@ -41,7 +41,9 @@ class Board:
         self._live.stop()
         if error[0] is None:
             for key in self._outputs:
-                title = Text(f"{output_name(*key, self._n)} {label(self._prompts[key[0]])}")
+                completion = self._outputs[key]
+                score = score_of(completion) if completion else ""
+                title = Text(f"{output_name(*key, self._n)}{score} {label(self._prompts[key[0]])}")
                 self._console.rule(title, align="left", style="dim")
                 self._console.print(self._text(key), soft_wrap=True)
 
@@ -71,7 +73,9 @@ class Board:
     def _panel(self, key: Key, width: int, height: int) -> Panel:
         """The last lines of an output."""
         completion = self._outputs[key]
-        state = "waiting" if completion is None else completion.finish_reason or f"{len(completion.token_ids)} tokens"
+        state = "waiting"
+        if completion is not None:
+            state = f"{completion.finish_reason or f'{len(completion.token_ids)} tokens'}{score_of(completion)}"
         text = self._text(key)
         text.rstrip()
         lines = text.wrap(self._console, width - 4, tab_size=4)

@@ -13,7 +13,8 @@ import typer
 
 from pagefork.cli.errors import warn
 from pagefork.cli.flags import Given
-from pagefork.cli.generate import DEFAULT_ENGINE, Preset, sampling_params
+from pagefork.cli.generate import DEFAULT_ENGINE
+from pagefork.cli.strategy import Preset, sampling_params
 from pagefork.cli.text import decoded, one_line, printable
 from pagefork.config import EngineConfig
 from pagefork.scheduler.errors import InvalidRequestError, PageforkError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_PARAMS = dict.fromkeys(
     ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")
 )
-NOT_SHOWN = {"n", "logprobs", "prompt_logprobs", "logprobs_mode"}
+NOT_SHOWN = {"n", "logprobs", "prompt_logprobs", "logprobs_mode", "trace"}
 HELP = """\
 /reset          forget the conversation
 /system TEXT    change the system message; without a text there is none

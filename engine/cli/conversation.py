@@ -9,7 +9,7 @@ from pagefork.cli.errors import warn
 from pagefork.core import LLMEngine
 from pagefork.outputs import RequestOutput
 from pagefork.scheduler.errors import InvalidRequestError
-from pagefork.scheduler.params import SamplingParams
+from pagefork.scheduler.params import CommonParams
 
 Message = dict[str, Any]
 
@@ -21,7 +21,7 @@ class Conversation:
     turns then begin alike again, and the prefix cache has what they begin with.
     """
 
-    def __init__(self, engine: LLMEngine, params: SamplingParams, system: str | None, template: str | None) -> None:
+    def __init__(self, engine: LLMEngine, params: CommonParams, system: str | None, template: str | None) -> None:
         if engine.tokenizer is None or (template is None and engine.tokenizer.chat_template is None):
             raise InvalidRequestError(
                 f"model={engine.config.model!r} has no chat template: give a Jinja file with --chat-template, "

@@ -35,7 +35,7 @@ def demo(
     for index, prompt in enumerate(PROMPTS):
         print(f"[{index + 1}] {label(prompt)}")
     start = time.perf_counter()
-    run(engine, PROMPTS, params, choose_view(PROMPTS, OUTPUTS))
+    run(engine, PROMPTS, [params] * len(PROMPTS), choose_view(PROMPTS, OUTPUTS))
     seconds = time.perf_counter() - start
     stats = engine.stats()
     rate = stats.generated_tokens / seconds

@@ -1,124 +1,94 @@
-"""`pagefork explain --next`: the distribution of the next token, and what the sampling parameters make of it."""
+"""`pagefork explain`: the distribution of the next token, or how a search came to its outputs."""
 
 from __future__ import annotations
 
-import json as json_module
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from msgspec import Meta
 
 from pagefork.cli.flags import Given
-from pagefork.cli.generate import DEFAULT_ENGINE, Preset, sampling_params
-from pagefork.cli.text import label
+from pagefork.cli.generate import engine_config
+from pagefork.cli.settings import Settings
+from pagefork.cli.strategy import STRATEGIES, Preset, Strategy, ValueFn, fields_of_others, sampling_params, strategy_params
 from pagefork.config import EngineConfig
 from pagefork.scheduler.errors import InvalidRequestError
-from pagefork.scheduler.params import SamplingParams
 
-if TYPE_CHECKING:
-    from pagefork.cli.next_token import Column
-    from pagefork.core import LLMEngine
-    from pagefork.outputs import Logprob
-
+HIDDEN = {"best_of", "logprobs", "prompt_logprobs", "logprobs_mode", "trace"}
 NOT_OF_THE_FIRST_TOKEN = {
-    *("n", "best_of", "max_tokens", "stop", "include_stop_str_in_output", "skip_special_tokens", "seed"),
-    *("frequency_penalty", "presence_penalty", "logprobs", "prompt_logprobs", "logprobs_mode"),
+    *("n", "max_tokens", "stop", "include_stop_str_in_output", "skip_special_tokens", "seed"),
+    *("frequency_penalty", "presence_penalty"),
 }
-TOKEN_WIDTH = 14
+TOP_OF_NEXT, TOP_OF_SEARCH, DEPTH = 12, 8, 2
+MAX_TOKENS = 12
+
+
+def meant_for_others(layer: Settings) -> set[str]:
+    """What a layer with --next, or with a search, leaves no room for in the layers below it."""
+    if layer.get("next") is not None:
+        other = {"strategy", "html", "depth", "value_fn"} | fields_of_others({"strategy": "sample"})
+        return other | NOT_OF_THE_FIRST_TOKEN
+    return fields_of_others(layer) | ({"next"} if "strategy" in layer else set())
 
 
 def explain(
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The text from which a search goes on")] = None,
     *,
     next: Annotated[str | None, typer.Option(metavar="PROMPT", help="The text whose next token is explained")] = None,  # noqa: A002
-    top: Annotated[int, Meta(ge=1), typer.Option(min=1, help="Tokens shown, the most probable first")] = 12,
+    strategy: Annotated[Strategy | None, typer.Option(help="The search that is explained: any but sample")] = None,
+    top: Annotated[
+        int | None,
+        Meta(ge=1),
+        typer.Option(min=1, help=f"Tokens shown (default {TOP_OF_NEXT}), or candidates of a step (default {TOP_OF_SEARCH})"),
+    ] = None,
+    depth: Annotated[
+        int | None, Meta(ge=1), typer.Option(min=1, help=f"Levels of the tree of mcts that are printed (default {DEPTH})")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page to step through the search with")] = None,
     json: Annotated[bool, typer.Option(help="Print one JSON object")] = False,
     preset: Preset = None,
-    params: Annotated[Given, SamplingParams, NOT_OF_THE_FIRST_TOKEN],
-    engine: Annotated[Given, EngineConfig] = DEFAULT_ENGINE,
+    value_fn: ValueFn = None,
+    params: Annotated[Given, STRATEGIES, HIDDEN, meant_for_others] = {"max_tokens": MAX_TOKENS},  # noqa: B006 (for the help)
+    engine: Annotated[Given, EngineConfig] = {"model": "demo"},  # noqa: B006
 ) -> None:
-    """Tabulate the probabilities of the next token under several settings, and under the sampling flags that are given.
+    """Show how tokens are chosen.
 
-    A dash stands for a token that a setting takes out; the others share its mass. Entropy is in bits.
-    Any --min-tokens above 0 bans the end tokens here, since one token is generated.
+    --next PROMPT tabulates the probabilities of the next token under several settings, and under the sampling flags that
+    are given. A dash stands for a token that a setting takes out; the others share its mass. Entropy is in bits. Any
+    --min-tokens above 0 bans the end tokens there, since one token is generated.
+
+    --strategy beam, contrastive or mcts with a PROMPT runs that search and draws what it weighed at every token.
     """
-    if next is None:
-        raise InvalidRequestError("explain needs a text: give it with --next")
-    sampling = sampling_params(preset, {"max_tokens": None, **params})
-    config = EngineConfig(**{**DEFAULT_ENGINE, **engine})
-    from pagefork.cli.next_token import columns, logits_of
+    if next is not None:
+        if prompt is not None or strategy is not None:
+            raise InvalidRequestError("explain takes either --next with its text, or --strategy and a prompt")
+        _check_next(params, {"--depth": depth, "--html": html, "--value-fn": value_fn})
+        sampling = sampling_params(preset, {**params, "max_tokens": None})
+        config = engine_config(engine)
+        from pagefork.cli.next_token import show_next_token
+        from pagefork.core import LLMEngine
+
+        given = sampling if params or preset is not None else None
+        show_next_token(LLMEngine(config), next, given, top or TOP_OF_NEXT, json=json)
+        return
+    if prompt is None or strategy in (None, "sample"):
+        raise InvalidRequestError("explain needs a text: give it with --next, or after --strategy beam, contrastive or mcts")
+    if depth is not None and strategy != "mcts":
+        raise InvalidRequestError(f"--depth limits the tree of mcts, and --strategy is {strategy}")
+    chosen = strategy_params(strategy, {"max_tokens": MAX_TOKENS, **params, "trace": True}, preset, value_fn, prompt)
+    config = engine_config(engine, chosen)
+    from pagefork.cli.load import check_writable
+    from pagefork.cli.search import Shown, show_search
     from pagefork.core import LLMEngine
 
-    llm = LLMEngine(config)
-    raw = _first_token(llm, next, SamplingParams(temperature=0))
-    found = columns(logits_of(raw))
-    if params or preset is not None:
-        found.append(_given(llm, next, sampling))
-    ranked = sorted(raw, key=lambda token: (-raw[token].logprob, token))[:top]
-    if json:
-        print(json_module.dumps(_as_json(next, ranked, raw, found)))
-    else:
-        _print_table(next, ranked, raw, found)
+    check_writable(html, "html")
+    shown = Shown(top=top or TOP_OF_SEARCH, depth=depth or DEPTH, json=json, html=html)
+    show_search(LLMEngine(config), prompt, chosen, shown)
 
 
-def _first_token(llm: LLMEngine, prompt: str, params: SamplingParams) -> dict[int, Logprob]:
-    """The log-prob of every token of the vocabulary."""
-    alone = {"max_tokens": 1, "min_tokens": min(1, params.min_tokens), "logprobs": -1}
-    llm.add_request("explain", prompt, params.replace(**alone))
-    while llm.has_unfinished_requests():
-        for output in llm.step():
-            if output.error is not None:
-                raise output.error
-    return (output.outputs[0].logprobs or [])[0]
-
-
-def _given(llm: LLMEngine, prompt: str, params: SamplingParams) -> Column:
-    """What the flags of the command line leave, through the whole pipeline of the engine."""
-    from pagefork.cli.next_token import column, logits_of
-
-    logits = logits_of(_first_token(llm, prompt, params.replace(logprobs_mode="processed")))
-    if params.greedy:
-        best = logits.argmax()  # the first of equal ones
-        logits = logits.new_full(logits.shape, -float("inf")).index_fill_(0, best, 0.0)
-    return column("given flags", logits)
-
-
-def _as_json(prompt: str, ranked: list[int], raw: dict[int, Logprob], found: list[Column]) -> dict[str, Any]:
-    return {
-        "prompt": prompt,
-        "settings": [{"name": column.name, "kept": column.kept, "entropy_bits": column.entropy} for column in found],
-        "tokens": [
-            {
-                "token_id": token,
-                "text": raw[token].decoded_token,
-                "logprob": raw[token].logprob,
-                "probabilities": {column.name: float(column.probabilities[token]) for column in found},
-            }
-            for token in ranked
-        ],
-    }
-
-
-def _print_table(prompt: str, ranked: list[int], raw: dict[int, Logprob], found: list[Column]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("token", no_wrap=True, overflow="ellipsis", max_width=TOKEN_WIDTH)
-    for column in found:
-        table.add_column(column.name.replace(" ", "\n"), justify="right", no_wrap=True, min_width=5)
-    for token in ranked:
-        table.add_row(label(raw[token].decoded_token or ""), *(_chance(column, token) for column in found))
-    table.add_section()
-    table.add_row("tokens kept", *(str(column.kept) for column in found))
-    table.add_row("entropy", *(f"{column.entropy:.2f}" for column in found))
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(f"Next token after {label(prompt)}", soft_wrap=True)
-    console.print(table)
-
-
-def _chance(column: Column, token: int) -> str:
-    if not column.is_kept[token]:
-        return "-"
-    chance = float(column.probabilities[token])
-    return "<.001" if chance < 0.0005 else f"{chance:.3f}".removeprefix("0")
+def _check_next(params: Given, others: Given) -> None:
+    given = [flag for flag, value in others.items() if value is not None]
+    given += [f"--{name.replace('_', '-')}" for name in params if name in NOT_OF_THE_FIRST_TOKEN]
+    if given:
+        raise InvalidRequestError(f"explain --next looks at a single token, for which {', '.join(given)} changes nothing")

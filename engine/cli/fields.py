@@ -21,13 +21,13 @@ class Field(NamedTuple):
     optional: bool
     default: Any
     description: str
-    bounds: str  # e.g. "> 0, <= 1"; bounds that only keep a number in 63 bits are left out
+    bounds: str  # e.g. "> 0, <= 1"; bounds that only keep a number from being absurd are left out
 
     @property
     def type_name(self) -> str:
         """The type as a reader would write it."""
         if get_origin(self.kind) is Literal:
-            name = " or ".join(f'"{value}"' for value in get_args(self.kind))
+            name = " or ".join(f'"{value}"' if isinstance(value, str) else str(value) for value in get_args(self.kind))
         elif arguments := [_unwrap(argument)[0].__name__ for argument in get_args(self.kind)]:
             name = f"{get_origin(self.kind).__name__}[{', '.join(arguments)}]"
         else:
@@ -54,17 +54,22 @@ def field_of(name: str, hint: Any, default: Any) -> Field:
 
 def _bounds(metas: list[Meta]) -> str:
     bounds = [(sign, getattr(meta, name)) for meta in metas for name, sign in _BOUNDS.items()]
-    return ", ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None and bound < 2**31)
+    return ", ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None and bound < 2**20)
 
 
 def _unwrap(hint: Any) -> tuple[Any, list[Meta], bool]:
-    """The type inside Annotated[...] and `| None`, the Metas met on the way, and whether None is allowed."""
+    """The type inside Annotated[...] and `| None`, the Metas met on the way, and whether None is allowed.
+
+    A union of bool and Literals comes as the Literal of all their values.
+    """
     if get_origin(hint) is Annotated:
         kind, *extras = get_args(hint)
         inner, metas, optional = _unwrap(kind)
         return inner, metas + [extra for extra in extras if isinstance(extra, Meta)], optional
     if get_origin(hint) in (Union, UnionType):
-        [kind] = [arm for arm in get_args(hint) if arm is not NoneType]
+        kind, *others = [arm for arm in get_args(hint) if arm is not NoneType]
+        if others:
+            kind = Literal[*(value for arm in (kind, *others) for value in ((True, False) if arm is bool else get_args(arm)))]
         inner, metas, _ = _unwrap(kind)
-        return inner, metas, True
+        return inner, metas, NoneType in get_args(hint)
     return hint, [], False

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pagefork.cli.flags import Given
+from pagefork.cli.strategy import STRATEGIES, Preset, Strategy, ValueFn, fields_of_others, strategy_params
 from pagefork.cli.text import decoded
 from pagefork.cli.view import View, choose_view
 from pagefork.config import EngineConfig
 from pagefork.scheduler.errors import InvalidRequestError
-from pagefork.scheduler.params import PRESETS, SamplingParams
+from pagefork.scheduler.params import CommonParams
+from pagefork.scheduler.search_params import BeamSearchParams
 
 if TYPE_CHECKING:
     from pagefork.core import LLMEngine
 
 DEFAULT_ENGINE = {"model": "demo"}
-Preset = Annotated[str | None, typer.Option(help=f"Settings for a purpose: {', '.join(PRESETS)}; single flags win")]
 
 
 def generate(
@@ -30,8 +32,12 @@ def generate(
         bool, typer.Option(help="Every line of the file or of standard input is a prompt, an empty one too")
     ] = False,
     json: Annotated[bool, typer.Option(help="Print one JSON object per prompt at the end")] = False,
+    strategy: Annotated[
+        Strategy, typer.Option(help="How tokens are chosen; a flag that it has no use for is refused")
+    ] = "sample",
     preset: Preset = None,
-    params: Annotated[Given, SamplingParams],
+    value_fn: ValueFn = None,
+    params: Annotated[Given, STRATEGIES, fields_of_others],
     engine: Annotated[Given, EngineConfig] = DEFAULT_ENGINE,
 ) -> None:
     """Complete one or more prompts in one batch.
@@ -40,30 +46,34 @@ def generate(
     printed as it comes; several outputs are labelled.
     """
     texts = _read_prompts(prompts or [], file, lines=lines)
-    sampling = sampling_params(preset, params)
-    if not json and (sampling.logprobs is not None or sampling.prompt_logprobs is not None):
-        raise InvalidRequestError("log-probs are printed by --json only: add it, or leave --logprobs and --prompt-logprobs out")
-    config = EngineConfig(**{**DEFAULT_ENGINE, **engine})
-    view = choose_view(texts, sampling.n, json=json)
+    batch = [strategy_params(strategy, params, preset, value_fn, text) for text in texts]
+    chosen = batch[0]
+    for name in ("logprobs", "prompt_logprobs", "trace"):
+        if not json and getattr(chosen, name, None) not in (None, False):
+            flag = name.replace("_", "-")
+            raise InvalidRequestError(f"--{flag} asks for what only --json prints: add --json, or leave --{flag} out")
+    config = engine_config(engine, chosen)
+    view = choose_view(texts, getattr(chosen, "n", 1), json=json, scored=isinstance(chosen, BeamSearchParams))
     from pagefork.core import LLMEngine
 
-    run(LLMEngine(config), texts, sampling, view)
+    run(LLMEngine(config), texts, batch, view)
 
 
-def sampling_params(preset: str | None, given: Given) -> SamplingParams:
-    """What was given, over the preset if there is one."""
-    return SamplingParams(**given) if preset is None else SamplingParams.preset(preset, **given)
+def engine_config(given: Given, params: CommonParams | None = None) -> EngineConfig:
+    """What was given, over the defaults of the command line and what `params` need."""
+    needed = {"hidden_states": True} if params is not None and params.needs_hidden_states else {}
+    return EngineConfig(**{**DEFAULT_ENGINE, **needed, **given})
 
 
-def run(engine: LLMEngine, prompts: list[str], params: SamplingParams, view: View) -> None:
-    """Generate for all prompts at once.
+def run(engine: LLMEngine, prompts: list[str], params: Sequence[CommonParams], view: View) -> None:
+    """Generate for all prompts at once, each with its own parameters.
 
     Raises InvalidRequestError for a prompt that is refused, which it names by its number if there are several, before
     anything runs; and the error of the first request that failed, after the others ended.
     """
-    for index, prompt in enumerate(prompts):
+    for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
         try:
-            engine.add_request(str(index), prompt, params)
+            engine.add_request(str(index), prompt, wanted)
         except InvalidRequestError as error:
             raise InvalidRequestError(f"prompt {index + 1}: {error}" if len(prompts) > 1 else str(error)) from None
     failed = []

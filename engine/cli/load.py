@@ -131,8 +131,8 @@ def write_result(file: Path, result: dict[str, Any], config: EngineConfig) -> No
     file.write_text(json.dumps({"model": config.model, **result, **settings}, indent=2) + "\n")
 
 
-def check_writable(file: Path | None) -> None:
-    """Before the minutes that a benchmark may take."""
+def check_writable(file: Path | None, flag: str = "output_json") -> None:
+    """Before the minutes that the work may take."""
     if file is None:
         return
     reason = None
@@ -143,4 +143,4 @@ def check_writable(file: Path | None) -> None:
     elif not os.access(file if file.exists() else file.parent, os.W_OK):
         reason = "it can't be written"
     if reason:
-        raise InvalidRequestError(f"output_json={str(file)!r}: {reason}")
+        raise InvalidRequestError(f"{flag}={str(file)!r}: {reason}")

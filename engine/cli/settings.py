@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -19,10 +20,11 @@ from pagefork.scheduler.errors import ConfigError
 PREFIX = "PAGEFORK_"
 
 Settings = dict[str, Any]
+Fields = Mapping[str, tuple[Field, ...]]  # by flag; one that several Structs share has a field of each
 Place = tuple[str, ...]  # a command by its words, ("bench", "latency"), or a group of commands; () is all of them
 
 
-def read_settings(ctx: typer.Context, file: Path | None, fields: dict[str, Field]) -> list[Settings]:
+def read_settings(ctx: typer.Context, file: Path | None, fields: Fields) -> list[Settings]:
     """What the sections of the file, from the top to the command's own, then what the environment gives the flags of
     the running command, in the types of its `fields`.
 
@@ -39,7 +41,7 @@ def read_settings(ctx: typer.Context, file: Path | None, fields: dict[str, Field
     ]
 
 
-def _from_file(path: Path, command: Place, flags: dict[Place, set[str]], fields: dict[str, Field]) -> list[Settings]:
+def _from_file(path: Path, command: Place, flags: dict[Place, set[str]], fields: Fields) -> list[Settings]:
     try:
         document = tomllib.loads(path.read_bytes().decode())
     except ValueError as error:  # not TOML, or not UTF-8
@@ -63,7 +65,7 @@ def _from_file(path: Path, command: Place, flags: dict[Place, set[str]], fields:
     return found
 
 
-def _from_environment(names: set[str], fields: dict[str, Field]) -> Settings:
+def _from_environment(names: set[str], fields: Fields) -> Settings:
     """Unknown names are warned of, not refused: other software names variables after what it runs."""
     found = {}
     for variable, text in sorted(os.environ.items()):
@@ -77,18 +79,24 @@ def _from_environment(names: set[str], fields: dict[str, Field]) -> Settings:
     return found
 
 
-def _typed(where: str, value: Any, field: Field, *, text: bool = False) -> Any:
-    """`value` in the type of the field; `text`: as the environment has it, lists and tables in JSON."""
+def _typed(where: str, value: Any, fields: tuple[Field, ...], *, text: bool = False) -> Any:
+    """`value` in the type of the first field that takes it; `text`: as the environment has it, lists and tables in JSON."""
+    field, *others = fields
     if value == "none" and field.optional and field.kind is not str:
         return None
     listed = get_origin(field.kind) in (list, dict)
     try:
-        if text and listed:
-            value = msgspec.json.decode(value)
         return msgspec.convert(
-            value, field.hint, strict=listed or not text, str_keys=True, dec_hook=lambda kind, item: kind(item)
+            msgspec.json.decode(value) if text and listed else value,
+            field.hint,
+            strict=listed or not text,
+            str_keys=True,
+            dec_hook=lambda kind, item: kind(item),
         )
     except msgspec.MsgspecError as error:
+        with suppress(ConfigError):
+            if others:
+                return _typed(where, value, tuple(others), text=text)
         allowed = ", ".join(part for part in (field.type_name, "in JSON" if text and listed else "", field.bounds) if part)
         raise ConfigError(f"{where} is refused: it takes {allowed}{f' ({error})' if listed else ''}") from None
 

@@ -9,7 +9,7 @@ from typing import Protocol, Self
 import msgspec
 
 from pagefork.cli.text import printable
-from pagefork.outputs import RequestOutput
+from pagefork.outputs import CompletionOutput, RequestOutput
 
 
 class View(Protocol):
@@ -22,8 +22,11 @@ class View(Protocol):
     def show(self, index: int, output: RequestOutput) -> None: ...
 
 
-def choose_view(prompts: list[str], n: int, *, json: bool = False) -> View:
-    """What suits standard output: for several outputs a terminal gets a board, a pipe gets labelled lines."""
+def choose_view(prompts: list[str], n: int, *, json: bool = False, scored: bool = False) -> View:
+    """What suits standard output: for several outputs a terminal gets a board, a pipe gets labelled lines.
+
+    scored: outputs are ranked by a score, which several outputs are shown with.
+    """
     if json:
         return JsonLines()
     if len(prompts) * n == 1:
@@ -32,12 +35,17 @@ def choose_view(prompts: list[str], n: int, *, json: bool = False) -> View:
         from pagefork.cli.board import Board
 
         return Board(prompts, n)
-    return LabelledLines(len(prompts), n)
+    return LabelledLines(len(prompts), n, scored=scored)
 
 
 def output_name(prompt: int, output: int, n: int) -> str:
     """`[2]`: what came of the second prompt; `[2.1]`: the first of its n outputs."""
     return f"[{prompt + 1}.{output + 1}]" if n > 1 else f"[{prompt + 1}]"
+
+
+def score_of(completion: CompletionOutput) -> str:
+    """` -1.234`, or nothing for an output without a score."""
+    return "" if completion.score is None else f" {completion.score:.3f}"
 
 
 class _Printed:
@@ -76,11 +84,12 @@ class RawText(_Printed):
 
 
 class LabelledLines(_Printed):
-    """Every line when it is complete, after the name of its output."""
+    """Every line when it is complete, after the name of its output; with scores, when the score is known."""
 
-    def __init__(self, prompts: int, n: int) -> None:
+    def __init__(self, prompts: int, n: int, *, scored: bool = False) -> None:
         super().__init__()
         self._n = n
+        self._scored = scored
         self._width = len(output_name(prompts - 1, n - 1, n))
         self._sent: dict[tuple[int, int], int] = {}
 
@@ -88,9 +97,9 @@ class LabelledLines(_Printed):
         for completion in output.outputs:
             key = (index, completion.index)
             begin = self._sent.get(key, 0)
-            end = len(completion.text) if completion.finish_reason else completion.text.rfind("\n") + 1
+            end = len(completion.text) if completion.finish_reason else 0 if self._scored else completion.text.rfind("\n") + 1
             if end > begin or (completion.finish_reason and key not in self._sent):
-                name = output_name(*key, self._n).ljust(self._width)
+                name = output_name(*key, self._n).ljust(self._width) + (score_of(completion) if self._scored else "")
                 for line in completion.text[begin:end].removesuffix("\n").split("\n"):
                     self._write(f"{name} {line}\n")
                 self._sent[key] = end

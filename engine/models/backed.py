@@ -150,7 +150,7 @@ class BackedModel:
         model.set_attn_implementation("eager")
         embeddings = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
         expected = reference_logits(model, embeddings, outline.max_len, window)
-        self.config = _config(outline, listener.layers, expected[0][1].shape[1])
+        self.config = _config(outline, listener.layers, expected[0][1].shape[1], output.last_hidden_state.shape[2])
         if self.config.vocab_size > embeddings:
             raise ModelError(f"it has {self.config.vocab_size} logits for {embeddings} embeddings")
         return type(output), expected
@@ -186,7 +186,7 @@ def _decode(decoder: nn.Module, tokens: Tensor, positions: Tensor) -> Any:
     return decoder(input_ids=tokens, position_ids=positions, use_cache=False, return_dict=True)
 
 
-def _config(outline: Outline, layers: list[probe.Layer], vocab_size: int) -> ModelConfig:
+def _config(outline: Outline, layers: list[probe.Layer], vocab_size: int, hidden_size: int) -> ModelConfig:
     if not layers:
         raise ModelError("none of its layers uses the attention interface of transformers")
     heads = {layer.heads for layer in layers}
@@ -199,6 +199,7 @@ def _config(outline: Outline, layers: list[probe.Layer], vocab_size: int) -> Mod
         dtype=outline.dtype,
         eos_token_ids=outline.eos_token_ids,
         vocab_size=vocab_size,
+        hidden_size=hidden_size,
         num_hidden_layers=len(layers),
         num_attention_heads=heads.pop(),
         num_kv_heads=kv_heads,

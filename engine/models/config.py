@@ -57,6 +57,7 @@ class ModelConfig(Outline, frozen=True, kw_only=True):
     """
 
     vocab_size: int
+    hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
     num_kv_heads: int
@@ -72,7 +73,6 @@ class ModelConfig(Outline, frozen=True, kw_only=True):
 class DecoderConfig(ModelConfig, frozen=True, kw_only=True):
     """Sizes and switches of the native decoder; names are those of config.json."""
 
-    hidden_size: int
     intermediate_size: int
     rms_norm_eps: float
     max_position_embeddings: int

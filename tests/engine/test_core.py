@@ -229,7 +229,8 @@ def test_prefix_hits_do_not_change_tokens_and_are_reported(engine: LLMEngine) ->
 def test_info_tells_what_was_loaded(engine: LLMEngine) -> None:
     info = engine.info()
     assert info["parameters"] == 5_770_496 and info["architecture"] == "LlamaForCausalLM"
-    assert info["num_blocks"] == 200 and info["cache_memory"] == 201 * 16 * 2 * 6 * 4 * 32 * 4
+    assert info["num_blocks"] == 200 and info["hidden_states"]
+    assert info["cache_memory"] == 201 * 16 * (2 * 6 * 4 * 32 + 256) * 4
     assert info["device"] == "cpu" and info["cpu_path"] and info["threads"] == 1
 
 

@@ -11,8 +11,9 @@ from support.checkpoints import edit_json, make_checkpoint
 from support.tokenizers import backend, save
 from transformers import GenerationConfig, PreTrainedModel
 
-from pagefork import LLM, ModelError, SamplingParams
+from pagefork import LLM, BeamSearchParams, ContrastiveSearchParams, ModelError, SamplingParams
 from pagefork.generation_config import default_params
+from pagefork.scheduler.params import CommonParams
 
 PROMPT = [5, 6, 7]
 FREE = SamplingParams(temperature=0, max_tokens=24)
@@ -47,12 +48,59 @@ def test_the_default_parameters_are_those_of_transformers(
     model.generation_config = GenerationConfig.from_dict(dict(generation))
     theirs, _ = model._prepare_generation_config(None)
     ours = default_params(generation)
+    assert isinstance(ours, SamplingParams)
     assert ours.greedy == (not theirs.do_sample)
     assert ours.repetition_penalty == theirs.repetition_penalty
     assert ours.no_repeat_ngram_size == theirs.no_repeat_ngram_size
     if theirs.do_sample:
         assert (ours.temperature, ours.top_k, ours.top_p) == (theirs.temperature, theirs.top_k, theirs.top_p)
         assert ours.min_p == (theirs.min_p or 0.0)
+
+
+KINDS: dict[str, type[CommonParams]] = {
+    "greedy_search": SamplingParams,
+    "sample": SamplingParams,
+    "beam_search": BeamSearchParams,
+    "group_beam_search": BeamSearchParams,
+    "contrastive_search": ContrastiveSearchParams,
+}
+
+
+@pytest.mark.parametrize("do_sample", [None, False, True])
+@pytest.mark.parametrize("num_beams", [None, 1, 4])
+@pytest.mark.parametrize("others", [{}, {"penalty_alpha": 0.6, "top_k": 4}, {"penalty_alpha": 0.6, "top_k": 1}, {"top_k": 4}])
+def test_the_kind_of_decoding_is_the_one_that_transformers_chooses(
+    do_sample: bool | None, num_beams: int | None, others: dict[str, Any]
+) -> None:
+    given = {"do_sample": do_sample, "num_beams": num_beams, **others}
+    mode = GenerationConfig(**given).get_generation_mode()
+    if mode != "beam_sample":
+        ours = default_params(given)
+        assert type(ours) is KINDS[mode]
+        assert getattr(ours, "greedy", None) == {"greedy_search": True, "sample": False}.get(mode)
+
+
+def test_the_parameters_of_beam_search_are_taken_over(caplog: pytest.LogCaptureFixture) -> None:
+    given: dict[str, Any] = {"length_penalty": 2.0, "early_stopping": "never", "diversity_penalty": 0.5, "num_beam_groups": 3}
+    read = {"num_beams": 6, "num_return_sequences": 2, "max_new_tokens": 30, "repetition_penalty": 1.2, **given}
+    expected = BeamSearchParams(beam_width=6, n=2, max_tokens=30, repetition_penalty=1.2, **given)
+    assert default_params({**read, "temperature": 0.7, "top_k": 5}) == expected
+    assert default_params({"num_beams": 2, "early_stopping": None}) == BeamSearchParams(beam_width=2)
+    assert not caplog.records
+
+
+def test_the_parameters_of_contrastive_search_are_taken_over(caplog: pytest.LogCaptureFixture) -> None:
+    assert default_params({"penalty_alpha": 0.4, "top_k": 6, "max_new_tokens": 8, "num_beams": 1}) == ContrastiveSearchParams(
+        alpha=0.4, top_k=6, max_tokens=8
+    )
+    assert default_params({"penalty_alpha": 0.4}) == ContrastiveSearchParams(alpha=0.4, top_k=50)
+    assert not caplog.records
+
+
+def test_beams_that_sample_are_sampled_without_beams_and_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    given = {"do_sample": True, "num_beams": 4, "num_return_sequences": 2, "penalty_alpha": 0.6}
+    assert default_params(given) == SamplingParams(top_k=50, n=2)
+    assert "num_beams, penalty_alpha, which" in caplog.text
 
 
 def test_lengths_and_stop_texts_are_taken_over() -> None:
@@ -63,15 +111,15 @@ def test_lengths_and_stop_texts_are_taken_over() -> None:
     assert default_params({"stop_strings": "END"}).stop == ["END"]
     assert default_params({"min_new_tokens": 20}).max_tokens == 20
     assert default_params({"min_new_tokens": 2}).max_tokens == SamplingParams().max_tokens
-    assert default_params({"do_sample": True, "num_return_sequences": 3}).n == 3
+    assert default_params({"do_sample": True, "num_return_sequences": 3}) == SamplingParams(n=3, top_k=50)
 
 
 def test_what_has_no_counterpart_is_named_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "pagefork"):
         default_params({"num_beams": 1, "typical_p": 1.0, "bad_words_ids": None, "suppress_tokens": []})
         assert not caplog.records
-        default_params({"num_beams": 4, "typical_p": 0.9})
-    assert "num_beams, typical_p" in caplog.text
+        default_params({"num_beam_groups": 4, "typical_p": 0.9})
+    assert "num_beam_groups, typical_p" in caplog.text
     lonely = {"min_length": 20, "token_healing": True, "remove_invalid_values": True, "num_return_sequences": 2}
     for name, value in lonely.items():
         caplog.clear()
@@ -82,9 +130,12 @@ def test_what_has_no_counterpart_is_named_in_a_warning(caplog: pytest.LogCapture
 def test_defaults_out_of_range_are_the_models_fault() -> None:
     with pytest.raises(ModelError, match=r"generation_config.json gives no default parameters.*top_p"):
         default_params({"do_sample": True, "top_p": 3})
+    for given in [{"num_beams": "4"}, {"num_beams": 0}, {"num_beams": 2, "num_return_sequences": 3}, {"penalty_alpha": 2}]:
+        with pytest.raises(ModelError, match="gives no default parameters"):
+            default_params(given)
 
 
-def outputs_of(path: Path, params: SamplingParams | None = FREE) -> Any:
+def outputs_of(path: Path, params: CommonParams | None = FREE) -> Any:
     [output] = LLM(str(path), num_blocks=32, dtype="float32").generate([PROMPT], params, use_tqdm=False)
     return output.outputs[0]
 

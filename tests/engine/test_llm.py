@@ -195,7 +195,7 @@ BAD: list[tuple[Any, Any, str]] = [
     ([[-1]], GREEDY, "token id -1"),
     ([[1] * 1024], GREEDY, "has 1024 tokens; max_model_len=1024 allows at most 1023"),
     (["a", "b"], [GREEDY], "1 sampling_params for 2 prompts"),
-    ("a", "greedy", "params must be SamplingParams, got str"),
+    ("a", "greedy", "params must be SamplingParams or those of another strategy, got str"),
     ("a", GREEDY.replace(stop_token_ids=[5000]), "stop_token_ids has token id 5000"),
     ("a", GREEDY.replace(logit_bias={5000: 1.0}), "logit_bias has token id 5000"),
     ("a", GREEDY.replace(allowed_token_ids=[5000]), "allowed_token_ids has token id 5000"),

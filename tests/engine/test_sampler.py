@@ -2,89 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support import logits as book
+from support.sampling import SLOTS, VOCAB, opened, opens, probe, random_batch, read, rows
 
-from pagefork.sampler import Sampler
-from pagefork.scheduler.plan import Forks, Kind, Opens, Probe, Reads, Rows, Spec, ints
-
-CPU = torch.device("cpu")
-VOCAB, SLOTS, MAX_LEN = 97, 40, 600
-
-
-def opens(slots: list[int], histories: list[list[int]], streams: list[int] | None = None) -> Opens:
-    """Slot i opens with spec i and a history."""
-    edges = np.cumsum([0, *map(len, histories)])
-    stream = np.array(streams or range(len(slots)), np.int64)
-    return Opens(
-        ints(slots),
-        ints(range(len(slots))),
-        stream,
-        ints(edges[:-1]),
-        ints(edges[1:]),
-        ints([token for history in histories for token in history]),
-    )
-
-
-def rows(slots: list[int], starts: list[int], tokens: list[list[int]]) -> tuple[Rows, torch.Tensor]:
-    flat = [token for row in tokens for token in row]
-    offset = ints(np.cumsum([0, *map(len, tokens)]))
-    return Rows(ints(slots), ints(starts), offset, ints(flat), ints(np.empty((0, 3)))), torch.tensor(flat, dtype=torch.long)
-
-
-def probe(kind: Kind, slots: list[int], n: int = 0) -> Probe:
-    return Probe(kind=kind, at=ints(range(len(slots))), slot=ints(slots), n=n)
-
-
-def read(
-    sampler: Sampler, logits: torch.Tensor, slots: list[int], position: list[int], kind: Kind = Kind.SAMPLE, n: int = 0
-) -> Reads:
-    return sampler.read(logits, probe(kind, slots, n), torch.arange(len(slots)), np.array(position))
-
-
-def opened(specs: list[Spec], histories: list[list[int]], streams: list[int] | None = None, vocab: int = VOCAB) -> Sampler:
-    sampler = Sampler(SLOTS, vocab, MAX_LEN, CPU)
-    sampler.open(opens(list(range(len(specs))), histories, streams), specs)
-    return sampler
-
-
-def random_spec(rng: np.random.Generator, history: list[int]) -> dict[str, Any]:
-    """A spec in which every feature is on now and then."""
-
-    def sometimes(value: Any, neutral: Any) -> Any:
-        return value if rng.random() < 0.3 else neutral
-
-    words = tuple(tuple(rng.integers(0, 6, size).tolist()) for size in (1, 2, 3, 2))
-    return {
-        "prompt_len": int(rng.integers(1, len(history) + 1)),
-        "seed": int(rng.integers(0, 2**63)),
-        "temperature": float(rng.choice([0.0, 0.5, 1.0, 1.0, 1.7])),
-        "top_k": int(sometimes(rng.choice([1, 3, 20, 96]), 0)),
-        "top_p": float(sometimes(rng.choice([0.1, 0.5, 0.9]), 1.0)),
-        "min_p": float(sometimes(0.1, 0.0)),
-        "repetition_penalty": sometimes(1.4, 1.0),
-        "frequency_penalty": sometimes(0.6, 0.0),
-        "presence_penalty": sometimes(-0.4, 0.0),
-        "no_repeat_ngram_size": sometimes(2, 0),
-        "min_tokens": sometimes(4, 0),
-        "end_ids": (0, 1),
-        "allowed_ids": sometimes(tuple(range(0, VOCAB, 2)), None),
-        "bad_words": sometimes(words, ()),
-        "logit_bias": sometimes(((2, 5.0), (3, -1.5)), ()),
-        "processed": bool(rng.random() < 0.3),
-        "rank": bool(rng.random() < 0.5),
-    }
-
-
-def random_batch(count: int, seed: int) -> tuple[list[dict[str, Any]], list[list[int]], torch.Tensor]:
-    rng = np.random.default_rng(seed)
-    histories = [rng.integers(0, 6, rng.integers(1, 15)).tolist() for _ in range(count)]
-    logits = torch.from_numpy((rng.normal(size=(count, VOCAB)) * 3).astype(np.float32))
-    return [random_spec(rng, history) for history in histories], histories, logits
+from pagefork.scheduler.plan import Forks, Kind, Probe, Spec, ints
 
 
 def by_the_book(logits: np.ndarray, history: list[int], spec: dict[str, Any]) -> tuple[np.ndarray, book.Kept]:
@@ -123,26 +50,30 @@ def test_a_row_alone_reads_the_same_bits(seed: int) -> None:
     position = [len(history) - 1 for history in histories]
     built = [Spec(**spec) for spec in specs]
     together = read(opened(built, histories), logits, list(range(SLOTS)), position)
-    top = read(opened(built, histories), logits, list(range(SLOTS)), position, Kind.TOPN, 7)
+    slots = list(range(SLOTS))
+    top, likely = (read(opened(built, histories), logits, slots, position, Kind.TOPN, 7, by_p) for by_p in (False, True))
     for i in range(SLOTS):
         alone = opened([built[i]], [histories[i]], [i])
         found = read(alone, logits[i : i + 1].clone(), [0], position[i : i + 1])
         for name in ("token", "logp", "rank", "bad"):
             assert getattr(found, name)[0] == getattr(together, name)[i]
-        found = read(opened([built[i]], [histories[i]], [i]), logits[i : i + 1].clone(), [0], position[i : i + 1], Kind.TOPN, 7)
-        for name in ("top_id", "top_logp", "top_p"):
-            assert (getattr(found, name)[0] == getattr(top, name)[i]).all()
+        for all_rows, by_p, names in ((top, False, ()), (likely, True, ("top_p", "top_rank"))):
+            one = opened([built[i]], [histories[i]], [i])
+            found = read(one, logits[i : i + 1].clone(), [0], position[i : i + 1], Kind.TOPN, 7, by_p)
+            for name in ("top_id", "top_logp", *names):
+                alone_read = getattr(found, name)
+                assert ((0 if alone_read is None else alone_read[0]) == getattr(all_rows, name)[i]).all()
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_top_entries_are_ordered_and_have_the_processed_probability(seed: int) -> None:
+def test_top_entries_are_ordered_by_the_log_prob_that_is_reported(seed: int) -> None:
     specs, histories, logits = random_batch(SLOTS, 20 + seed)
     logits[::3] = logits[::3].round()  # ties
     sampler = opened([Spec(**spec) for spec in specs], histories)
     found = read(sampler, logits, list(range(SLOTS)), [len(history) - 1 for history in histories], Kind.TOPN, VOCAB + 2)
-    assert found.top_id is not None and found.top_logp is not None and found.top_p is not None
+    assert found.top_id is not None and found.top_logp is not None and found.top_p is None
     assert found.top_id.shape == (SLOTS, VOCAB + 2)
-    for values, padding in ((found.top_id, -1), (found.top_logp, -np.inf), (found.top_p, 0)):
+    for values, padding in ((found.top_id, -1), (found.top_logp, -np.inf)):
         assert (values[:, VOCAB:] == padding).all()
     for i, (spec, history) in enumerate(zip(specs, histories, strict=True)):
         x, kept = by_the_book(logits[i].numpy(), history, spec)
@@ -154,7 +85,33 @@ def test_top_entries_are_ordered_and_have_the_processed_probability(seed: int) -
         ids = np.lexsort((np.arange(VOCAB), -values))
         assert (found.top_id[i, :VOCAB] == ids).all()
         np.testing.assert_allclose(found.top_logp[i, :VOCAB], logp[ids], atol=2e-5)
-        np.testing.assert_allclose(found.top_p[i, :VOCAB], kept.probs[ids], atol=1e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("n", [6, VOCAB + 2])
+def test_the_most_probable_tokens_after_processing_are_those_that_may_be_drawn(seed: int, n: int) -> None:
+    specs, histories, logits = random_batch(SLOTS, 60 + seed)
+    logits[::3] = logits[::3].round()  # ties
+    sampler = opened([Spec(**spec) for spec in specs], histories)
+    position = [len(history) - 1 for history in histories]
+    found = read(sampler, logits, list(range(SLOTS)), position, Kind.TOPN, n, processed=True)
+    assert found.top_id is not None and found.top_logp is not None and found.top_p is not None and found.top_rank is not None
+    for i, (spec, history) in enumerate(zip(specs, histories, strict=True)):
+        row = logits[i].numpy()
+        x, kept = by_the_book(row, history, spec)
+        if kept.margin < 1e-6:
+            continue
+        values = np.where(kept.mask, x, -np.inf)
+        ids = np.lexsort((np.arange(VOCAB), -values))[: min(n, kept.mask.sum())]
+        assert (found.top_id[i, : len(ids)] == ids).all() and (found.top_id[i, len(ids) :] == -1).all()
+        np.testing.assert_allclose(found.top_p[i, : len(ids)], kept.probs[ids], atol=1e-6, rtol=2e-5)
+        logp = np.log(kept.probs[ids]) if spec["processed"] else book.log_softmax(row)[ids]
+        np.testing.assert_allclose(found.top_logp[i, : len(ids)], logp, atol=2e-5)
+        order = x if spec["processed"] else row
+        ranks = [1 + (order > order[token]).sum() for token in ids] if spec["rank"] else [0] * len(ids)
+        assert found.top_rank[i, : len(ids)].tolist() == ranks
+        for values, padding in ((found.top_p, 0), (found.top_logp, -np.inf), (found.top_rank, 0)):
+            assert (values[i, len(ids) :] == padding).all()
 
 
 @pytest.mark.parametrize("chunk", [VOCAB, 10**9])
@@ -168,17 +125,18 @@ def test_top_after_sample_of_the_same_rows_reads_the_same_bits(chunk: int, monke
     read(shared, logits, list(range(SLOTS)), position)
     sampled = [slot for slot, spec in enumerate(built) if spec.temperature > 0]
     assert 20 < len(sampled) < SLOTS
-    for slots, ago in ((sampled, 0), (sampled[::-2], 0), (list(range(SLOTS)), 0), (sampled, 1)):
+    every = list(range(SLOTS))
+    for by_p, slots, ago in itertools.product((False, True), (sampled, sampled[::-2], every), (0, 1)):
         part, at = logits[slots], [max(0, position[slot] - ago) for slot in slots]
-        expected = read(opened(built, histories), part, slots, at, Kind.TOPN, 9)
-        found = shared.read(logits, probe(Kind.TOPN, slots, 9), torch.tensor(slots), np.array(at))
-        for name in ("top_id", "top_logp", "top_p", "bad"):
+        expected = read(opened(built, histories), part, slots, at, Kind.TOPN, 9, by_p)
+        found = shared.read(logits, probe(Kind.TOPN, slots, 9, by_p), torch.tensor(slots), np.array(at))
+        for name in ("top_id", "top_logp", "bad", *(("top_p",) if by_p else ())):
             assert (getattr(found, name) == getattr(expected, name)).all()
     logits.neg_()
     shared.feed(*rows([], [], []))
     at = [position[slot] for slot in sampled]
-    fresh = read(opened(built, histories), logits[sampled], sampled, at, Kind.TOPN, 9)
-    found = shared.read(logits, probe(Kind.TOPN, sampled, 9), torch.tensor(sampled), np.array(at))
+    fresh = read(opened(built, histories), logits[sampled], sampled, at, Kind.TOPN, 9, True)
+    found = shared.read(logits, probe(Kind.TOPN, sampled, 9, True), torch.tensor(sampled), np.array(at))
     assert (found.top_logp == fresh.top_logp).all() and (found.top_p == fresh.top_p).all()
 
 
@@ -270,7 +228,7 @@ def test_greedy_reads_are_filtered_at_temperature_one() -> None:
     logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(3))
     sampler = opened([Spec(**base), Spec(**base, processed=True)], [[], []])
     drawn = read(sampler, logits, [0, 1], [0, 0])
-    top = read(sampler, logits, [0, 1], [0, 0], Kind.TOPN, 5)
+    top = read(sampler, logits, [0, 1], [0, 0], Kind.TOPN, 5, processed=True)
     assert drawn.token is not None and drawn.logp is not None and top.top_p is not None
     for i in range(2):
         kept = book.kept(logits[i].numpy(), {**base, "temperature": 1.0})
@@ -290,8 +248,9 @@ def test_bad_rows_are_flagged_and_their_neighbours_do_not_notice(greedy: bool) -
     usual, sampler = opened(built, histories), opened(built, histories)
     sampler.last[:] = 5
     bad = np.isin(np.arange(SLOTS), [4, 9, 20])
-    for kind, n in ((Kind.SAMPLE, 0), (Kind.TOPN, 4)):
-        expected, found = read(usual, logits, slots, position, kind, n), read(sampler, spoiled, slots, position, kind, n)
+    for kind, n, by_p in ((Kind.SAMPLE, 0, False), (Kind.TOPN, 4, False), (Kind.TOPN, 4, True)):
+        expected = read(usual, logits, slots, position, kind, n, by_p)
+        found = read(sampler, spoiled, slots, position, kind, n, by_p)
         assert (found.bad == bad).all() and not expected.bad.any()
         for name in ("token", "logp", "rank", "top_id", "top_logp", "top_p"):
             one, other = getattr(found, name), getattr(expected, name)
@@ -331,8 +290,6 @@ def test_no_history_is_held_unless_a_spec_needs_it() -> None:
 
 def test_what_can_not_be_read_is_an_error_that_says_so() -> None:
     sampler = opened([Spec(prompt_len=1)], [[]])
-    with pytest.raises(ValueError, match="no read-out for MERGE; there are SAMPLE, TOPN, TARGET"):
-        read(sampler, torch.zeros(1, VOCAB), [0], [0], Kind.MERGE)
     with pytest.raises(ValueError, match=r"shape \[rows, 97\], not \[1, 98\]"):
         read(sampler, torch.zeros(1, VOCAB + 1), [0], [0])
     fields = (

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Literal, get_args
 
 import msgspec
 import pytest
 import typer
-from support.cli import assert_refused, pagefork
+from msgspec import Meta
+from support.cli import PROMPT, assert_refused, generated, pagefork
 from typer.testing import CliRunner
 
 from pagefork import EngineConfig, SamplingParams
 from pagefork.cli.fields import fields_of
 from pagefork.cli.flags import Given, command
+from pagefork.cli.strategy import STRATEGIES
+
+LENGTH = ["--max-tokens", "4"]
 
 
 def parsed(*arguments: str) -> tuple[Given, Given]:
@@ -20,7 +25,7 @@ def parsed(*arguments: str) -> tuple[Given, Given]:
     app, got = typer.Typer(), []
 
     @command(app)
-    def both(*, params: Annotated[Given, SamplingParams], engine: Annotated[Given, EngineConfig]) -> None:
+    def both(*, params: Annotated[Given, STRATEGIES], engine: Annotated[Given, EngineConfig]) -> None:
         got.append((params, engine))
 
     result = CliRunner().invoke(app, list(arguments))
@@ -30,11 +35,75 @@ def parsed(*arguments: str) -> tuple[Given, Given]:
 
 def test_every_field_that_is_not_a_function_has_a_flag() -> None:
     shown = pagefork("generate", "--help").stdout
-    names = [*SamplingParams.__struct_fields__, *EngineConfig.__struct_fields__]
+    structs: list[type[msgspec.Struct]] = [*STRATEGIES.values(), EngineConfig]
+    names = [name for struct in structs for name in struct.__struct_fields__]
     assert {name for name in names if f"--{name.replace('_', '-')}" not in shown} == {"rank_by", "logits_processors"}
 
 
-@pytest.mark.parametrize("struct", [SamplingParams, EngineConfig])
+class Left(msgspec.Struct):
+    """Shares a flag of another meaning, and one of the same."""
+
+    level: Annotated[int, Meta(ge=0, description="How high")] = 1
+    name: Annotated[str, Meta(description="What it is called")] = "x"
+    mode: bool | Literal["never"] = False
+
+
+class Right(msgspec.Struct):
+    level: Annotated[int, Meta(ge=2, description="How deep")] = 5
+    name: Annotated[str, Meta(description="What it is called")] = "x"
+    weight: Annotated[float, Meta(description="In tons")] = 0.5
+
+
+def of_one(*arguments: str) -> tuple[Given, str]:
+    """What a command gets that takes the fields of one of two Structs, and its help."""
+    app, got = typer.Typer(rich_markup_mode=None), []
+
+    @command(app)
+    def one(*, params: Annotated[Given, {"left": Left, "right": Right}]) -> None:
+        got.append(params)
+
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return got[0], " ".join(CliRunner().invoke(app, ["--help"]).output.split())
+
+
+def test_equal_names_of_several_structs_share_a_flag_whose_help_tells_them_apart() -> None:
+    given, shown = of_one("--level", "3", "--weight", "2", "--name", "y")
+    assert given == {"level": 3, "weight": 2.0, "name": "y"}
+    assert shown.count("--level") == shown.count("--name") == 1
+    assert "left: How high (>= 0, default 1); right: How deep (>= 2, default 5)" in shown
+    assert "What it is called (default x) " in shown
+    assert "For left: --mode <true|false|never>" in shown and "For right: --weight <float> In tons (default 0.5)" in shown
+
+
+@pytest.mark.parametrize(("word", "value"), [("true", True), ("false", False), ("never", "never")])
+def test_a_choice_between_truth_and_words_is_made_by_words(word: str, value: bool | str) -> None:
+    assert of_one("--mode", word)[0] == {"mode": value}
+    outputs = generated("--strategy", "beam", "--early-stopping", word, *LENGTH, PROMPT)[0]["outputs"]
+    assert outputs == generated("--strategy", "beam", *LENGTH, PROMPT, PAGEFORK_EARLY_STOPPING=word)[0]["outputs"]
+
+
+def foreign(strategy: str) -> Iterator[list[str]]:
+    """Every flag that another strategy has and this one has not, each with a value."""
+    own = STRATEGIES[strategy].__struct_fields__
+    fields = {field.name: field for struct in STRATEGIES.values() for field in fields_of(struct) if field.name not in own}
+    for name, field in fields.items():
+        choices = [str(value).lower() for value in get_args(field.kind)]
+        yield [f"--{name.replace('_', '-')}", *([] if field.kind is bool else choices[:1] or ["1"])]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_flag_of_another_strategy_is_refused_by_the_parameters_of_the_chosen_one(strategy: str) -> None:
+    flags = [*foreign(strategy), *([] if strategy == "mcts" else [["--value-fn", "parses_as_python"]])]
+    assert len(flags) > 10
+    for flag in flags:
+        done = pagefork("generate", "--strategy", strategy, *flag, "x")
+        assert_refused(done, f"{STRATEGIES[strategy].__name__} has no parameter {flag[0][2:].replace('-', '_')!r}")
+    assert_refused(pagefork("generate", "--beam-width", "3", "x"), "SamplingParams", "belongs to BeamSearchParams")
+    assert_refused(pagefork("generate", "--strategy", "greedy", "x"), "--strategy", "contrastive")
+
+
+@pytest.mark.parametrize("struct", [*STRATEGIES.values(), EngineConfig])
 def test_none_is_a_value_of_every_optional_number(struct: type[msgspec.Struct]) -> None:
     names = {field.name for field in fields_of(struct) if field.optional and field.kind in (int, float)}
     assert len(names) > 1

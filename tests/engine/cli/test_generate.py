@@ -60,7 +60,7 @@ def test_a_refused_prompt_among_several_is_named(demo: LLM) -> None:
     assert_refused(pagefork("generate", *limit, "x", "y", PROMPT * 9), "prompt 3: ", "max_model_len=8")
     assert "prompt 1" not in pagefork("generate", *limit, PROMPT * 9).stderr
     with pytest.raises(InvalidRequestError, match=r"^prompt 2: "):
-        run(LLM("demo", num_blocks=8).engine, ["x", PROMPT * 999], SamplingParams(), choose_view(["x", "y"], 1))
+        run(LLM("demo", num_blocks=8).engine, ["x", PROMPT * 999], [SamplingParams()] * 2, choose_view(["x", "y"], 1))
 
 
 @pytest.mark.parametrize("arguments", [["generate", *GREEDY, PROMPT], ["chat"], ["info", "--nothing"], ["--version"]])

@@ -137,8 +137,9 @@ def test_a_flag_can_take_back_what_the_file_switches_on(file: Path) -> None:
     assert not pagefork("info", "--config", str(file), "--no-json").stdout.startswith("{")
 
 
-def outputs(*arguments: str, **environment: str) -> Any:
-    return generated("--seed", "5", "--max-tokens", "12", *arguments, PROMPT, **environment)[0]["outputs"]
+def outputs(*arguments: str, seed: str | None = "5", **environment: str) -> Any:
+    drawn = [] if seed is None else ["--seed", seed]
+    return generated(*drawn, "--max-tokens", "12", *arguments, PROMPT, **environment)[0]["outputs"]
 
 
 def test_a_preset_wins_over_lower_places_and_loses_to_its_own(file: Path) -> None:
@@ -161,6 +162,33 @@ def test_a_preset_in_a_table_wins_over_the_keys_above_it(file: Path) -> None:
 def test_a_flag_can_take_back_a_number_of_the_file(file: Path) -> None:
     file.write_text("seed = 7\nnum-blocks = 8\n")
     assert received("--config", str(file), "--seed", "none", "--num-blocks", "none") == ({"seed": None}, {"num_blocks": None}, 0)
+
+
+BEAMS = ["--strategy", "beam", "--beam-width", "3"]
+
+
+def test_what_the_file_says_of_other_strategies_is_left_alone_when_one_is_chosen(file: Path) -> None:
+    file.write_text('temperature = 0.5\npreset = "creative"\nnum-simulations = 3\nbeam-width = 3\nlength-penalty = 0.0\n')
+    config = ["--config", str(file)]
+    assert outputs(*config, *BEAMS, seed=None) == outputs(*BEAMS, "--length-penalty", "0", seed=None)
+    assert outputs(*config, seed=None, PAGEFORK_STRATEGY="beam") == outputs(*BEAMS, "--length-penalty", "0", seed=None)
+    assert_refused(pagefork("generate", *config, PROMPT), "'num_simulations'", "MCTSParams")
+
+
+def test_what_suits_no_strategy_of_its_own_place_is_refused(file: Path) -> None:
+    file.write_text('strategy = "beam"\ntemperature = 0.5\n')
+    assert_refused(pagefork("generate", "--config", str(file), PROMPT), "BeamSearchParams", "'temperature'")
+    file.write_text('strategy = "beam"\n')
+    for flag in (["--temperature", "0.5"], ["--preset", "chat"]):
+        assert_refused(pagefork("generate", "--config", str(file), *flag, PROMPT), flag[0].strip("-"))
+    file.write_text('strategy = "beams"\n')
+    assert_refused(pagefork("generate", "--config", str(file), PROMPT), str(file), '"beam"')
+
+
+def test_a_shared_flag_may_be_what_any_of_its_strategies_allows(file: Path) -> None:
+    file.write_text("top-k = -1\n")
+    assert received("--config", str(file))[0] == {"top_k": -1}
+    assert_refused(pagefork("generate", "--strategy", "mcts", "--config", str(file), PROMPT), "MCTSParams", "top_k=-1")
 
 
 def test_a_table_holds_for_its_command_or_group_alone(file: Path, tmp_path: Path) -> None:

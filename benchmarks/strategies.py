@@ -1,0 +1,232 @@
+"""Which decoding strategy for what? Speed, cost, quality and diversity of each, on the demo model.
+
+Prompts are the beginnings of modules of the standard library that the demo model was not trained on. Every strategy goes on
+from all of them, in one batch. Reported per strategy:
+
+    tokens/s               output tokens of the returned outputs per second, prefill included
+    forward/token          tokens computed per output token, of the outputs returned
+    log-prob               mean log-prob per token that the model gives the outputs
+    rep-n                  1 - distinct n-grams / n-grams within an output, in percent, for n = 2, 3, 4
+    diversity              product over n of (1 - rep-n), in percent (Su and Xu 2022)
+    parses                 share of outputs, cut at the last complete line, with which the prompt parses as Python
+
+with 95 % bootstrap intervals over prompts. The second part asks whether tree search pays: Monte Carlo tree search guided by
+a value function, against the best of n samples ranked by the same function, n chosen so that both compute as many tokens.
+
+    python benchmarks/strategies.py [--prompts 200 --tokens 96] [--part table|search]
+
+Writes strategies.json and strategies.png. Takes about ten minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pagefork import LLM, BeamSearchParams, ContrastiveSearchParams, MCTSParams, RequestOutput, SamplingParams
+from pagefork.demo.train import sources
+from pagefork.value_functions import VALUE_FUNCTIONS
+
+sys.path.insert(0, str(Path(__file__).parent))
+from shared import ROOT, facts
+
+PROMPT_TOKENS = 64
+Params = SamplingParams | BeamSearchParams | ContrastiveSearchParams | MCTSParams
+
+
+class Row(NamedTuple):
+    """A strategy of the table, and when it is the one to take."""
+
+    params: Params
+    use: str
+
+
+def strategies(tokens: int) -> dict[str, Row]:
+    common: dict[str, Any] = {"max_tokens": tokens, "ignore_eos": True}
+    seeded = {**common, "seed": 0}
+    return {
+        "greedy": Row(SamplingParams(temperature=0, **common), "one right answer; repeats itself in long texts"),
+        "sampling": Row(SamplingParams(**seeded), "to see what the model believes, unfiltered"),
+        "top-p 0.95": Row(SamplingParams(top_p=0.95, **seeded), "open-ended text"),
+        "top-k 50": Row(SamplingParams(top_k=50, **seeded), "open-ended text, a fixed number of choices"),
+        "min-p 0.1": Row(SamplingParams(min_p=0.1, **seeded), "open-ended text at high temperature"),
+        "best of 8": Row(SamplingParams(best_of=8, top_p=0.95, **seeded), "when one of several samples can be told to be best"),
+        "beam 4": Row(BeamSearchParams(beam_width=4, **common), "short outputs with one right answer: translation, spelling"),
+        "diverse beam 4 / 2": Row(
+            BeamSearchParams(beam_width=4, num_beam_groups=2, diversity_penalty=0.5, **common), "several good answers that differ"
+        ),
+        "contrastive": Row(ContrastiveSearchParams(**common), "open-ended text without draws"),
+        "MCTS 16": Row(MCTSParams(num_simulations=16, **seeded), "a value that can be computed guides the search"),
+    }
+
+
+def held_out(llm: LLM, count: int, seed: int = 0) -> list[list[int]]:
+    """Beginnings of parts of modules that the demo model did not see."""
+    texts = [text for i, text in enumerate(sources()) if i % 20 == 0]
+    tokenizer = llm.engine.tokenizer
+    assert tokenizer is not None
+    draw, prompts = random.Random(seed), []
+    while len(prompts) < count:
+        lines = draw.choice(texts).splitlines(keepends=True)
+        first = draw.randrange(len(lines))
+        ids = tokenizer.encode("".join(lines[first : first + 30]))
+        if lines[first][:1] not in (" ", "\n") and len(ids) >= PROMPT_TOKENS:
+            prompts.append(ids[:PROMPT_TOKENS])
+    return prompts
+
+
+def repetition(tokens: Sequence[int], n: int) -> float:
+    grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def parses(prompt: str, text: str) -> bool:
+    """Whether the prompt and the complete lines of the text are Python; a block that is open at the end is closed."""
+    lines = (prompt + text).split("\n")[:-1]
+    for end in (len(lines), len(lines) - 1):
+        source = "\n".join(lines[:end])
+        last = next((line for line in reversed(lines[:end]) if line.strip()), "")
+        indent = len(last) - len(last.lstrip())
+        for closing in ("", "\n" + " " * indent + "pass", "\n" + " " * (indent + 4) + "pass"):
+            try:
+                ast.parse(source + closing)
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
+                continue
+            return True
+    return False
+
+
+def interval(values: Sequence[float], resamples: int = 2000) -> dict[str, float]:
+    """Mean, with the 95 % bootstrap interval."""
+    draw = random.Random(0)
+    means = sorted(sum(draw.choices(values, k=len(values))) / len(values) for _ in range(resamples))
+    return {"mean": sum(values) / len(values), "low": means[int(0.025 * resamples)], "high": means[int(0.975 * resamples)]}
+
+
+def score(prompt: str, output: RequestOutput) -> dict[str, float]:
+    best = output.outputs[0]
+    reps = {n: repetition(best.token_ids, n) for n in (2, 3, 4)}
+    diversity = (1 - reps[2]) * (1 - reps[3]) * (1 - reps[4])
+    return {
+        "log_prob": best.cumulative_logprob / max(1, len(best.token_ids)),
+        **{f"rep_{n}": 100 * rep for n, rep in reps.items()},
+        "diversity": 100 * diversity,
+        "parses": 100.0 * parses(prompt, best.text),
+    }
+
+
+def measured(llm: LLM, prompts: list[list[int]], params: Params) -> dict[str, Any]:
+    """All prompts in one batch: rates, and every score with its interval."""
+    before = llm.engine.stats().forward_tokens
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    assert llm.engine.tokenizer is not None
+    texts = [llm.engine.tokenizer.decode(prompt) for prompt in prompts]
+    scores = [score(text, output) for text, output in zip(texts, outputs, strict=True)]
+    return {
+        "tokens_per_second": tokens / seconds,
+        "forward_tokens_per_token": (llm.engine.stats().forward_tokens - before) / tokens,
+        **{name: interval([found[name] for found in scores]) for name in scores[0]},
+    }
+
+
+def table(llm: LLM, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    found = {}
+    for name, row in strategies(tokens).items():
+        found[name] = measured(llm, prompts, row.params) | {"use": row.use}
+        line = found[name]
+        print(
+            f"{name:<20} {line['tokens_per_second']:8.0f} tokens/s {line['forward_tokens_per_token']:7.1f} forward/token "
+            f"{line['log_prob']['mean']:6.2f} log-prob {line['diversity']['mean']:5.1f} diversity {line['parses']['mean']:5.1f} parses",
+            flush=True,
+        )
+    return found
+
+
+def search(llm: LLM, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    """Tree search against best-of-n by one value function, at an equal number of computed tokens."""
+    found = {}
+    for name, make in VALUE_FUNCTIONS.items():
+        value: Callable[[list[Any]], list[float]] = make
+        tree = MCTSParams(num_simulations=16, max_tokens=tokens, ignore_eos=True, value_fn=value, seed=0, max_depth=8)
+        spent, values_tree = _values(llm, prompts, tree, value)
+        n = max(1, round(spent / (len(prompts) * tokens)))
+        best = SamplingParams(best_of=n, max_tokens=tokens, ignore_eos=True, rank_by=lambda c, v=value: v([c])[0], seed=0)
+        spent_best, values_best = _values(llm, prompts, best, value)
+        gain = interval([ours - theirs for ours, theirs in zip(values_tree, values_best, strict=True)])
+        found[name] = {
+            "tree_search": interval(values_tree) | {"forward_tokens": spent},
+            "best_of_n": interval(values_best) | {"forward_tokens": spent_best, "n": n},
+            "gain": gain,
+        }
+        print(f"{name}: tree {found[name]['tree_search']}, best of {n} {found[name]['best_of_n']}, gain {gain}", flush=True)
+    return found
+
+
+def _values(
+    llm: LLM, prompts: list[list[int]], params: Params, value: Callable[[list[Any]], list[float]]
+) -> tuple[int, list[float]]:
+    before = llm.engine.stats().forward_tokens
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return llm.engine.stats().forward_tokens - before, value([output.outputs[0] for output in outputs])
+
+
+def draw_chart(found: dict[str, Any], path: Path) -> None:
+    """Diversity against log-prob, one point per strategy, with intervals."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, row in found.items():
+        x, y = row["log_prob"], row["diversity"]
+        axes.errorbar(
+            x["mean"],
+            y["mean"],
+            xerr=[[x["mean"] - x["low"]], [x["high"] - x["mean"]]],
+            yerr=[[y["mean"] - y["low"]], [y["high"] - y["mean"]]],
+            marker="o",
+            linestyle="none",
+        )
+        axes.annotate(name, (x["mean"], y["mean"]), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("mean log-prob per token")
+    axes.set_ylabel("diversity, %")
+    axes.margins(x=0.15, y=0.1)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=96, help="output tokens per prompt")
+    parser.add_argument("--part", choices=["table", "search"], help="only this part; default: both")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for the JSON and the PNG")
+    args = parser.parse_args()
+    if min(args.prompts, args.tokens) < 1:
+        parser.error("--prompts and --tokens must be at least 1")
+    llm = LLM("demo", max_num_seqs=1024, max_num_batched_tokens=4096)
+    prompts = held_out(llm, args.prompts)
+    path = args.out / "strategies.json"
+    args.out.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    load = {"prompts": args.prompts, "prompt_tokens": PROMPT_TOKENS, "tokens": args.tokens, "model": "demo"}
+    if args.part != "search":
+        result["table"] = {**facts(), "load": load, "rows": table(llm, prompts, args.tokens)}
+        draw_chart(result["table"]["rows"], args.out / "strategies.png")
+    if args.part != "table":
+        result["search"] = {**facts(), "load": load, "values": search(llm, prompts, args.tokens)}
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
