@@ -26,13 +26,13 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pagefork import LLM, BeamSearchParams, ContrastiveSearchParams, MCTSParams, RequestOutput, SamplingParams
 from pagefork.demo.train import sources
-from pagefork.value_functions import VALUE_FUNCTIONS
+from pagefork.value_functions import VALUE_FUNCTIONS, ValueFunction
 
 sys.path.insert(0, str(Path(__file__).parent))
 from shared import ROOT, facts
@@ -144,28 +144,29 @@ def table(llm: LLM, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
     for name, row in strategies(tokens).items():
         found[name] = measured(llm, prompts, row.params) | {"use": row.use}
         line = found[name]
-        print(
-            f"{name:<20} {line['tokens_per_second']:8.0f} tokens/s {line['forward_tokens_per_token']:7.1f} forward/token "
-            f"{line['log_prob']['mean']:6.2f} log-prob {line['diversity']['mean']:5.1f} diversity {line['parses']['mean']:5.1f} parses",
-            flush=True,
-        )
+        rates = f"{line['tokens_per_second']:8.0f} tokens/s {line['forward_tokens_per_token']:7.1f} forward/token"
+        quality = " ".join(f"{line[key]['mean']:8.2f} {key}" for key in ("log_prob", "diversity", "parses"))
+        print(f"{name:<20} {rates} {quality}", flush=True)
     return found
 
 
 def search(llm: LLM, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
     """Tree search against best-of-n by one value function, at an equal number of computed tokens."""
+    assert llm.engine.tokenizer is not None
+    texts = [llm.engine.tokenizer.decode(prompt) for prompt in prompts]
+    common: dict[str, Any] = {"max_tokens": tokens, "ignore_eos": True, "seed": 0}
     found = {}
     for name, make in VALUE_FUNCTIONS.items():
-        value: Callable[[list[Any]], list[float]] = make
-        tree = MCTSParams(num_simulations=16, max_tokens=tokens, ignore_eos=True, value_fn=value, seed=0, max_depth=8)
-        spent, values_tree = _values(llm, prompts, tree, value)
+        values = [make(text) for text in texts]
+        trees = [MCTSParams(num_simulations=16, value_fn=value, **common) for value in values]
+        spent, ours = _values(llm, prompts, trees, values)
         n = max(1, round(spent / (len(prompts) * tokens)))
-        best = SamplingParams(best_of=n, max_tokens=tokens, ignore_eos=True, rank_by=lambda c, v=value: v([c])[0], seed=0)
-        spent_best, values_best = _values(llm, prompts, best, value)
-        gain = interval([ours - theirs for ours, theirs in zip(values_tree, values_best, strict=True)])
+        best = [SamplingParams(best_of=n, rank_by=lambda c, v=value: v([c])[0], **common) for value in values]
+        spent_best, theirs = _values(llm, prompts, best, values)
+        gain = interval([tree - sampled for tree, sampled in zip(ours, theirs, strict=True)])
         found[name] = {
-            "tree_search": interval(values_tree) | {"forward_tokens": spent},
-            "best_of_n": interval(values_best) | {"forward_tokens": spent_best, "n": n},
+            "tree_search": interval(ours) | {"forward_tokens": spent},
+            "best_of_n": interval(theirs) | {"forward_tokens": spent_best, "n": n},
             "gain": gain,
         }
         print(f"{name}: tree {found[name]['tree_search']}, best of {n} {found[name]['best_of_n']}, gain {gain}", flush=True)
@@ -173,11 +174,22 @@ def search(llm: LLM, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
 
 
 def _values(
-    llm: LLM, prompts: list[list[int]], params: Params, value: Callable[[list[Any]], list[float]]
+    llm: LLM, prompts: list[list[int]], params: Sequence[Params], values: Sequence[ValueFunction]
 ) -> tuple[int, list[float]]:
+    """Tokens computed, and what each output is worth."""
     before = llm.engine.stats().forward_tokens
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    return llm.engine.stats().forward_tokens - before, value([output.outputs[0] for output in outputs])
+    outputs = llm.generate(prompts, list(params), use_tqdm=False)
+    worth = [value([_Whole(output)])[0] for value, output in zip(values, outputs, strict=True)]
+    return llm.engine.stats().forward_tokens - before, worth
+
+
+class _Whole:
+    """A complete output as a value function sees a leaf."""
+
+    def __init__(self, request: RequestOutput) -> None:
+        best = request.outputs[0]
+        self.prompt_token_ids, self.token_ids, self.text = request.prompt_token_ids, best.token_ids, best.text
+        self.cumulative_logprob, self.finish_reason = best.cumulative_logprob, best.finish_reason
 
 
 def draw_chart(found: dict[str, Any], path: Path) -> None:

@@ -53,7 +53,7 @@ class EngineConfig(Checked, frozen=True, kw_only=True):
     hidden_states: Annotated[
         Literal["auto"] | bool,
         Meta(
-            description="Keep the last hidden states in the cache, which contrastive search reads; "
+            description="Keep the last hidden states in the cache, for searches that compare them; "
             "auto: where that takes at most a fifth of the memory of keys and values"
         ),
     ] = "auto"

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pagefork.kernels.beam_merge import BeamMerge, Merged
+from pagefork.kernels.beam_merge import Merge, Merged
 from pagefork.kernels.distribution import Distribution, Scale
 from pagefork.kernels.scratch import Scratch, chunks
 from pagefork.kernels.top_logprobs import token_rank
@@ -25,14 +25,14 @@ def read_merge(parts: Parts, logits: Tensor, probe: Probe, index: Tensor, positi
     log-probs of the best logits alone are computed.
     """
     assert probe.groups is not None and probe.bias is not None
-    merge = BeamMerge(probe.groups.tolist(), len(probe.slot), probe.n, parts.device)
+    merge = Merge(probe.groups.tolist(), len(probe.slot), probe.n, parts.device)
     bias, scales = parts.tensor(probe.bias), []
     for cut, part in parts.cut(logits, probe.slot, index, position, np.zeros(len(probe.slot), np.bool_)):
         scale = Distribution(part.logits, None, parts.scratch).scale()
         scales.append(scale)
         slot = probe.slot[cut]
         if parts.state.adjusts(slot, position[cut]):
-            log_probs = part.logits
+            log_probs = _log_softmax(part.logits, scale, parts.scratch)
             merge.add(parts.state.adjust(log_probs, slot, position[cut], parts.scratch), bias[cut])
         else:
             merge.add(part.logits, bias[cut], scale)
@@ -67,12 +67,12 @@ def _reported(parts: Parts, logits: Tensor, probe: Probe, index: Tensor, model: 
 
 
 def _ranks(parts: Parts, logits: Tensor, probe: Probe, index: Tensor, merged: Merged) -> NDArray[np.int32] | None:
-    """Ranks [G, n] among the model's log-probs; 0 where the spec did not ask, None where none does."""
+    """Ranks [G, n] among the model's log-probs; 0 where the spec did not ask, None where nothing is asked for."""
     wanted = parts.tensor(parts.state.fields["rank"][probe.slot])
-    if not bool(wanted.any()):
+    asked = (merged.parent >= 0) & wanted[merged.parent.clamp(min=0)]
+    if not bool(asked.any()):
         return None
     ranks = torch.zeros_like(merged.token)
-    asked = (merged.parent >= 0) & wanted[merged.parent.clamp(min=0)]
     row, token = index[merged.parent[asked]], merged.token[asked]
     found = [
         token_rank(parts.rows(logits, row[cut]), token[cut], parts.scratch)

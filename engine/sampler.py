@@ -134,6 +134,8 @@ class Sampler:
             ids = best_ids(kept(part, processed) if probe.processed else parts.ordered(part, processed), n)
             logp = parts.log_probs(part, model, processed, ids)
             chance = processed.log_probs(part.adjusted.gather(-1, ids)).exp_() if probe.processed else logp
+            if probe.processed:  # that nothing is left is an answer: no token has a chance
+                bad = bad & (chance[:, 0] != 0)
             rank = self._all_ranks(part, ids) if ranked[cut].any() else torch.zeros_like(ids)
             found.append((bad | model.bad, bad & ~model.bad, ids, logp, chance, rank))
         bad, emptied, ids, logp, chance, rank = map(torch.cat, zip(*found, strict=True))

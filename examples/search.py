@@ -1,6 +1,6 @@
 """Searches in one batch: beams, diverse beams, contrastive search, and tree search for text whose brackets match.
 
-    python examples/search.py [--model demo]
+python examples/search.py [--model demo]
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ def main() -> None:
         "beam": BeamSearchParams(beam_width=4, n=2, max_tokens=16),
         "diverse beam": BeamSearchParams(beam_width=4, n=2, num_beam_groups=2, diversity_penalty=1.0, max_tokens=16),
         "contrastive": ContrastiveSearchParams(top_k=5, alpha=0.6, max_tokens=16),
-        "tree search": MCTSParams(num_simulations=32, value_fn=brackets_balance, max_tokens=16),
+        "tree search": MCTSParams(num_simulations=32, value_fn=brackets_balance(PROMPT), max_tokens=16),
     }
-    for name, request in zip(searches, llm.generate([PROMPT] * len(searches), list(searches.values())), strict=True):
+    requests = llm.generate([PROMPT] * len(searches), list(searches.values()), use_tqdm=False)
+    for name, request in zip(searches, requests, strict=True):
         cost = request.metrics
-        print(f"{name}: {cost.forward_tokens} tokens computed, {cost.forks} forks, {cost.shared_block_ratio:.0%} of blocks shared")
+        print(f"{name}: {cost.forward_tokens} tokens computed, {cost.forks} forks, {cost.shared_block_ratio:.0%} of blocks saved")
         for output in request.outputs:
             score = "" if output.score is None else f" (score {output.score:.3f})"
             print(f"  {output.index}: {output.text!r}{score}")
     stats = llm.engine.stats()
-    print(f"{stats.generated_tokens} tokens in {stats.steps} steps; {stats.free_blocks} of {stats.num_blocks} cache blocks are free")
+    print(
+        f"{stats.generated_tokens} tokens in {stats.steps} steps; {stats.free_blocks} of {stats.num_blocks} cache blocks are free"
+    )
 
 
 if __name__ == "__main__":

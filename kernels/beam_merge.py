@@ -42,7 +42,7 @@ def beam_merge(logprobs: Tensor, bias: Tensor, offsets: Sequence[int], n: int) -
     rows = len(logprobs)
     if bias.shape != (rows,) or bias.dtype != torch.float32 or not bool((bias < torch.inf).all()):
         raise ValueError(f"bias must be float32 [{rows}] without NaN or +inf, not {bias.dtype} {list(bias.shape)}")
-    merge = BeamMerge(offsets, rows, n, logprobs.device)
+    merge = Merge(offsets, rows, n, logprobs.device)
     scratch = Scratch()
     for cut in chunks(rows, logprobs.shape[1], logprobs.device):
         merge.add(widened(logprobs[cut], scratch), bias[cut])
@@ -63,7 +63,7 @@ class _Pairs(NamedTuple):
         return _Pairs(*(field.gather(-1, ids) for field in self))
 
 
-class BeamMerge:
+class Merge:
     """Takes the rows of all groups slice by slice, in order."""
 
     def __init__(self, offsets: Sequence[int], rows: int, n: int, device: torch.device) -> None:

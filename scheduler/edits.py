@@ -58,20 +58,25 @@ class Editor:
             self.flush()
         grows: list[Grow] = []
         drops: list[Ids] = []
-        events: list[Emit | Finish] = []
         asks: list[Ask] = []
         for edit in edits:
-            if isinstance(edit, Emit | Finish):
-                events.append(edit)
+            if isinstance(edit, Emit):
+                self.emitted += len(edit.tokens)
+                update.events.append(edit)
             elif isinstance(edit, Grow):
                 grows.append(edit)
             elif isinstance(edit, Drop):
                 drops.append(edit.seqs)
+            elif isinstance(edit, Finish):
+                group.unfinished.discard(edit.index)
+                update.events.append(edit)
             else:
                 asks.append(edit)
-        if asks or not group.strategy.pipelined:
+        pipelined = group.strategy.pipelined
+        if asks or not pipelined:
             self._check(group, grows, drops, asks, read)
-        self._report(group, update, events, asks)
+            group.asked |= bool(asks)
+            update.asks += asks
         self._groups[group.number] = group
         for nth, grow in enumerate(grows):
             if nth == len(self._rounds):
@@ -81,21 +86,10 @@ class Editor:
                 group.expect += len(grow.src)
             if grow.text is not None:
                 group.text.update(zip(map(int, grow.dst), grow.text, strict=True))
-        if drops or not group.strategy.pipelined or not grows:
+        if drops or not pipelined or not grows:
             self._reads += [read, children]
             self._grown += [grow.dst for grow in grows if grow.run]
             self._drops += drops
-
-    def _report(self, group: Group, update: Update, events: list[Emit | Finish], asks: list[Ask]) -> None:
-        for event in events:
-            if isinstance(event, Emit):
-                self.emitted += len(event.tokens)
-            else:
-                group.unfinished.discard(event.index)
-        update.events += events
-        if asks:
-            group.asked = True
-            update.asks += asks
 
     def _check(self, group: Group, grows: list[Grow], drops: list[Ids], asks: list[Ask], read: Ids) -> None:
         if len(asks) + group.asked > 1:
@@ -193,7 +187,7 @@ class Editor:
 def flat(parts: list[Ids]) -> Ints:
     """Lists and arrays of ids, one after another."""
     if any(type(part) is np.ndarray for part in parts):
-        return np.concatenate([ints(part) for part in parts])
+        return np.concatenate(parts, dtype=np.int32, casting="unsafe")
     return ints(list(chain.from_iterable(parts)))
 
 

@@ -63,6 +63,10 @@ class TokenTree:
             depth -= 1
         return depth
 
+    def parents(self, nodes: Ints) -> Ints:
+        """The nodes one token earlier; -1, the prompt, stays."""
+        return np.where(nodes < 0, -1, np.frombuffer(self._parent, np.int32)[nodes]) if len(self._parent) else nodes.copy()
+
     def up(self, node: int, count: int) -> int:
         """The node `count` tokens earlier."""
         for _ in range(count):
@@ -98,7 +102,7 @@ class Group:
     `expect`: rows whose read-out of this generation is outstanding. `asked`: an Ask is out.
     `flights`: plans in flight that hold rows of the group. `scored`: prompt positions at which the next token's log-prob
     was read, in requests that ask for it; else all of them. `measured`: table entries of its sequences when the part that
-    they share was measured last.
+    they share was measured last. `needed`: blocks that its running sequences held when it was preempted.
     """
 
     def __init__(self, number: int, request: Request, strategy: Strategy, sequences: Sequences) -> None:
@@ -123,6 +127,7 @@ class Group:
         self.cached_tokens = 0
         self.usage = Usage()
         self.measured = 0
+        self.needed = 0
         self._sequences = sequences
 
     def fresh(self, count: int) -> list[int] | Ints:

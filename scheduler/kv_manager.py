@@ -52,7 +52,7 @@ class KVManager:
         self.caching = enable_prefix_caching
         self.table = Sequences()
         self.forks = 0  # sequences that began as copies, since the start
-        self._outdated = False  # whether table entries were replaced since the last plan
+        self.replaced = False  # whether table entries were replaced since the last plan
         self._owner: Ints = np.zeros(num_blocks, np.int32)  # scratch of drop()
 
     def needs(self, seqs: Ints, start: Ints, end: Ints) -> Needs:
@@ -142,15 +142,24 @@ class KVManager:
         self.pool.retain(self.table.blocks(dst))
         self.forks += len(dst)
 
+    def share(self, seqs: Ints, leads: Ints, blocks: Ints) -> None:
+        """Sequences that rest on the trunk take so many leading blocks of others of their group, which are computed."""
+        table = self.table
+        cols = blocks - table.trunk[seqs]
+        width = int(cols.max(initial=0))
+        table.tail[seqs, :width] = table.tail[leads, :width]
+        table.cols[seqs] = cols
+        table.scheduled[seqs] = table.computed[seqs] = blocks * self.block_size
+        table.published[seqs] = np.minimum(table.published[leads], blocks)
+        self.pool.retain(table.blocks(seqs))
+
     def take_replaced(self, groups: dict[int, Group]) -> tuple[Ints, Ints, Ints]:
         """Sequences, columns and blocks of table entries that were replaced since the last call, and of those after them.
 
         Only of sequences that have a slot: the others' tables are sent whole when they get one.
         """
         table = self.table
-        if not self._outdated:
-            return ints(), ints(), ints()
-        self._outdated = False
+        self.replaced = False
         seqs = ints(np.flatnonzero((table.outdated < NO_CAP) & (table.slot >= 0)))
         first = np.minimum(table.outdated[seqs], table.trunk[seqs] + table.cols[seqs])
         table.outdated[:] = NO_CAP
@@ -216,7 +225,7 @@ class KVManager:
                 else:
                     self.table.tail[seqs, index - len(trunk)] = found
                 self.table.outdated[seqs] = np.minimum(self.table.outdated[seqs], index)
-                self._outdated = True
+                self.replaced = True
 
     def _promote(self, group: Group, seqs: Ints, shared: int) -> None:
         """`shared` leading tail blocks that all sequences hold become trunk: one reference for all, shorter tails to fork."""

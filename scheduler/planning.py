@@ -13,6 +13,8 @@ from .probing import ProbeTable
 from .sequences import within
 from .slots import Slots
 
+_NO_OPENS = Opens(ints(), ints(), np.empty(0, np.int64), ints(), ints(), ints())
+
 
 class Chosen(NamedTuple):
     """Rows to compute, sorted so that a group's rows stand together: positions [start, end) of each sequence."""
@@ -63,10 +65,11 @@ def opening(seqs: Ints, kv: KVManager, groups: dict[int, Group]) -> tuple[Opens,
     spans, tokens = _histories(seqs, kv, groups)
     trunks = [ints(groups[number].trunk) for number in numbers.tolist()]
     heads, cols = table.trunk[seqs], table.cols[seqs]
-    blocks = np.empty(int((heads + cols).sum()), np.int32)
     column = within(heads + cols)
-    blocks[column >= np.repeat(heads, heads + cols)] = table.blocks(seqs)
-    blocks[column < np.repeat(heads, heads + cols)] = np.concatenate([ints(), *(trunks[i] for i in spec_of.tolist())])
+    in_trunk = column < np.repeat(heads, heads + cols)
+    blocks = np.empty_like(column)
+    blocks[in_trunk] = np.concatenate([trunks[i] for i in spec_of.tolist()])
+    blocks[~in_trunk] = table.blocks(seqs)
     tables = Tables(np.repeat(table.slot[seqs], heads + cols), column, blocks)
     return Opens(table.slot[seqs], ints(spec_of), table.stream[seqs], spans[:, 0], spans[:, 1], tokens), specs, tables
 
@@ -95,13 +98,16 @@ def assemble(
     """Put the parts together; `rows` hold what was decided before the probes forked anything."""
     table = kv.table
     forks, closes, opened = slots.drain()
-    opens, specs, whole = opening(opened, kv, groups)
-    tables = [whole]
-    for seqs, columns, blocks in (kv.take_replaced(groups), (written.seq, written.column, written.block)):
-        tables.append(Tables(table.slot[seqs], columns, blocks))
-    deltas = Tables(
-        np.concatenate([part.slot for part in tables], dtype=np.int32),
-        np.concatenate([part.column for part in tables], dtype=np.int32),
-        np.concatenate([part.block for part in tables], dtype=np.int32),
-    )
+    deltas = Tables(table.slot[written.seq], ints(written.column), written.block)
+    opens, specs = _NO_OPENS, list[Spec]()
+    if len(opened):
+        opens, specs, whole = opening(opened, kv, groups)
+        deltas = _both(whole, deltas)
+    if kv.replaced:
+        seqs, columns, blocks = kv.take_replaced(groups)
+        deltas = _both(Tables(table.slot[seqs], columns, blocks), deltas)
     return Plan(step, specs, forks, closes, opens, deltas, Copies(written.src, written.dst), rows, probes.probes(kv, rows.offset))
+
+
+def _both(first: Tables, second: Tables) -> Tables:
+    return Tables(*(np.concatenate([getattr(part, name) for part in (first, second)]) for name in Tables.__struct_fields__))

@@ -14,7 +14,6 @@ from .scoring import Part
 from .strategies.base import Ids, Samples
 
 _FIELDS = ("token", "logp", "rank", "top_id", "top_logp", "top_p", "top_rank", "parent", "score", "sim")
-_WIDE = ("top_id", "top_logp", "top_p", "top_rank", "parent", "score")
 
 
 class Flight(NamedTuple):
@@ -38,6 +37,7 @@ class Reading:
     def __init__(self, reads: list[Reads]) -> None:
         self._reads = reads
         self.any_bad = any(bool(read.bad.any()) for read in reads)
+        self._columns: dict[int, list[tuple[str, Any]]] = {}  # by probe: the fields that it has
         self._samples: dict[int, tuple[list[int], list[float], list[int]]] = {}
         for index, read in enumerate(reads):
             if read.token is not None:
@@ -68,18 +68,22 @@ class Reading:
         return found
 
     def _cut(self, part: Cut, keep: list[int] | None) -> Reads:
-        read = self._reads[part.probe]
-        fields: dict[str, Any] = {}
-        for name in _FIELDS:
-            column = getattr(read, name)
-            if column is not None:
-                fields[name] = column[part.first : part.last, : part.n] if name in _WIDE else column[part.first : part.last]
-        if read.parent is not None:  # a search reads whole generations, so none of its sequences has gone meanwhile
-            fields["parent"] = np.where(fields["parent"] < 0, -1, fields["parent"] - part.begin)
+        found = self._columns.get(part.probe)
+        if found is None:
+            read = self._reads[part.probe]
+            found = [(name, column) for name in _FIELDS if (column := getattr(read, name)) is not None]
+            self._columns[part.probe] = found
+        rows, n = slice(part.first, part.last), part.n
+        fields: dict[str, Any] = {
+            name: column[rows] if column.ndim == 1 or column.shape[1] == n else column[rows, :n] for name, column in found
+        }
+        bad = self._reads[part.probe].bad[part.begin : part.end]
+        if "parent" in fields:  # a search reads whole generations, so none of its sequences has gone meanwhile
+            fields["parent"] = np.maximum(fields["parent"] - part.begin, -1)
         elif keep is not None:
             fields = {name: column[keep] for name, column in fields.items()}
-        bad = read.bad[part.begin : part.end]
-        return Reads(bad if keep is None else bad[keep], **fields)
+            bad = bad[keep]
+        return Reads(bad, **fields)
 
 
 def first_why(reads: Reads, begin: int, end: int) -> str | None:
@@ -93,6 +97,9 @@ def generation(group: Group) -> tuple[Ids, list[Any], list[int]]:
     The group holds it no longer.
     """
     held, group.held = group.held, []
+    if len(held) == 1:
+        seqs, reads, children = held[0]
+        return ints(seqs), reads, children
     counts = [len(seqs) for seqs, _, _ in held]
     reads = [join(parts, counts) for parts in zip(*(part for _, part, _ in held), strict=True)]
     return np.concatenate([ints(seqs) for seqs, _, _ in held]), reads, [child for _, _, forked in held for child in forked]

@@ -13,7 +13,7 @@ from .plan import ints
 from .planning import Chosen
 from .policy import WaitingQueue
 from .reading import Flight
-from .sequences import NO_CAP
+from .resuming import Resuming
 from .slots import Slots
 
 
@@ -37,7 +37,7 @@ class Residents:
         self._budget = budget
         self._watermark = kv.pool.num_blocks // 100
         self._widths = 0
-        self._leads: dict[int, int] = {}  # resuming group: the sequence that computes its common prefix
+        self._resuming = Resuming(kv, self.slots)
 
     def choose(self) -> tuple[Chosen, Needs]:
         """The rows of the next step and the blocks they need, which are free."""
@@ -96,11 +96,14 @@ class Residents:
 
     def _preempt(self, group: Group) -> None:
         """Give all blocks and slots of a group back; it waits at its old place and is recomputed from its tokens."""
-        seqs = self.kv.table.of(group.number)
+        table = self.kv.table
+        seqs = table.of(group.number)
+        held = len(group.trunk) + len(np.unique(table.blocks(seqs[table.run[seqs]])))
+        group.needed = max(held, group.needed if self._resuming.holds(group) else 0)
         self.kv.evict_all(group)
         self.slots.close(seqs)
-        self.kv.table.cap[seqs] = 0
-        self._leads.pop(group.number, None)
+        table.cap[seqs] = 0
+        self._resuming.forget(group)
         group.state = State.WAITING
         group.preemptions += 1
         self.preemptions += 1
@@ -128,7 +131,7 @@ class Residents:
             tokens, shared = self._lengths(group)
             reusable = shared if group.is_scored else min(shared, group.scored)
             hits = self.kv.take_prefix(group, group.prefix(shared), reusable // size)
-            room = -(-tokens // size) - hits + group.width
+            room = max(-(-tokens // size), group.needed) - hits + group.width
             if self.running and self.kv.pool.free < reserved + room:
                 self.kv.drop_prefix(group)
                 return False
@@ -140,17 +143,17 @@ class Residents:
         return bool(self.waiting.admit(fits))
 
     def _lengths(self, group: Group) -> tuple[int, int]:
-        """Tokens of the group's longest sequence, and how many whole blocks of tokens all its sequences can share."""
+        """Tokens of the longest sequence that runs, and how many whole blocks of tokens all sequences can share."""
         longest = shortest = common = len(group.request.prompt)
         if group.live:
             table = self.kv.table
             seqs = table.of(group.number)
-            longest, shortest = int(table.known[seqs].max()), int(table.known[seqs].min())
+            longest, shortest = int(table.known[seqs[table.run[seqs]]].max()), int(table.known[seqs].min())
             common = group.common_length(seqs)
         return longest, min(common, shortest - 1) // self.kv.block_size * self.kv.block_size
 
     def _start(self, group: Group, tokens: int, shared: int) -> None:
-        """Give a group its slots. Where several sequences resume, the first computes what they share for all."""
+        """Give a group its slots. Several sequences that come back do so by and by."""
         table = self.kv.table
         hit = len(group.trunk) * self.kv.block_size
         self.prefix_queries += tokens
@@ -166,15 +169,7 @@ class Residents:
             return
         seqs = table.of(group.number)
         self.kv.rest_on_trunk(group, seqs)
-        running = seqs[table.run[seqs]]
-        if len(seqs) == 1 or hit == shared:
-            table.cap[seqs] = NO_CAP
-            self.slots.open(running)
-        else:
-            self._leads[group.number] = int(running[0])
-            table.cap[seqs] = 0
-            table.cap[running[0]] = shared
-            self.slots.open(running[:1])
+        self._resuming.start(group, shared)
 
     def confirm(self, flight: Flight, groups: dict[int, Group]) -> None:
         """What a plan computed counts from now on, for sequences that still hold the blocks it wrote."""
@@ -189,24 +184,7 @@ class Residents:
         edges = np.flatnonzero(np.diff(owners, prepend=-1, append=-1)).tolist()
         for begin, end in itertools.pairwise(edges):
             self.kv.publish(groups[int(owners[begin])], filled[begin:end].tolist())
-        self._follow_leads()
-
-    def _follow_leads(self) -> None:
-        """Let resumed groups go on whose lead has computed the common prefix."""
-        table = self.kv.table
-        for number, lead in list(self._leads.items()):
-            if table.computed[lead] >= table.cap[lead]:
-                del self._leads[number]
-                self._follow(self.running[number], lead)
-
-    def _follow(self, group: Group, lead: int) -> None:
-        """The lead has computed the common prefix: all sequences of the resumed group go on from it."""
-        table = self.kv.table
-        seqs = table.of(group.number)
-        group.trunk.extend(table.tail[lead, : table.cols[lead]].tolist())
-        self.kv.rest_on_trunk(group, seqs)
-        table.cap[seqs] = NO_CAP
-        self.slots.open(seqs[table.run[seqs] & (seqs != lead)])
+        self._resuming.follow(self.running)
 
     def remove(self, group: Group) -> None:
         """Give back everything a group holds; it is over."""
@@ -216,7 +194,7 @@ class Residents:
             self._widths -= group.width
         else:
             self.waiting.discard()
-        self._leads.pop(group.number, None)
+        self._resuming.forget(group)
         seqs = self.kv.table.of(group.number)
         self.slots.close(seqs)
         self.kv.drop_prefix(group)

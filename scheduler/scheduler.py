@@ -274,7 +274,10 @@ class Scheduler:
         update.done = True
         update.cached_tokens, update.preemptions, update.usage = group.cached_tokens, group.preemptions, group.usage
         if group.request.params.trace:
-            update.trace = metering.traced(group)
+            try:
+                update.trace = metering.traced(group)
+            except BaseException as failed:  # noqa: BLE001 - as any other code of a strategy
+                update.error = update.error or endings.strategy_failed(group, failed)
         if group.state is not State.ENDED:
             self.residents.remove(group)
         group.unfinished.clear()

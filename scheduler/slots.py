@@ -57,12 +57,15 @@ class Slots:
 
     def drain(self) -> tuple[Forks, Ints, Ints]:
         """Forks, closes and sequences to open since the last plan, less what has ended meanwhile."""
-        opens, births = _joined(self._opens, 2)
-        opens = np.unique(opens[self._stands(opens, births)])
-        sources, seqs, births = _joined(self._forks, 3)
-        # What was evicted after the fork is opened instead.
-        keep = self._stands(seqs, births) & ~np.isin(seqs, opens)
-        sources, seqs = sources[keep], seqs[keep]
+        opens = sources = seqs = ints()
+        if self._opens:
+            opens, births = _joined(self._opens)
+            opens = np.unique(opens[self._stands(opens, births)])
+        if self._forks:
+            sources, seqs, births = _joined(self._forks)
+            # What was evicted after the fork is opened instead.
+            keep = self._stands(seqs, births) & ~np.isin(seqs, opens)
+            sources, seqs = sources[keep], seqs[keep]
         closes = ints(np.flatnonzero(self._closed))
         self._forks, self._opens = [], []
         self._closed[closes] = False
@@ -74,6 +77,6 @@ class Slots:
         return found
 
 
-def _joined(parts: Sequence[tuple[Any, ...]], count: int) -> list[Any]:
+def _joined(parts: Sequence[tuple[Any, ...]]) -> list[Any]:
     """The first, second, ... arrays of all parts, each joined."""
-    return [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else [ints()] * count
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]

@@ -41,7 +41,9 @@ BUGS = {
         "kv_manager.py", "(pool.uid[block] != 0) | (pool.refs[block] > 1)", "(pool.refs[block] > 1)"
     ),
     "a block is published before it is full": Bug(
-        "kv_manager.py", "int(table.computed[seq]) // size, len(group.trunk)", "-(-int(table.computed[seq]) // size), len(group.trunk)"
+        "kv_manager.py",
+        "int(table.computed[seq]) // size, len(group.trunk)",
+        "-(-int(table.computed[seq]) // size), len(group.trunk)",
     ),
 }
 

@@ -119,3 +119,14 @@ def test_logits_processors_write_only_digits_and_only_brackets_that_match() -> N
     assert all(brackets_match(text) for text in texts["brackets"])
     assert not all(brackets_match(text) for text in texts["free"])
     assert all((verdict == "matched") == brackets_match(text) for _, text, verdict in lines)
+
+
+def test_searches_run_in_one_batch_and_tree_search_balances_its_brackets() -> None:
+    shown = run("search.py")
+    names = [name for name, _, _ in found(r"([\w ]+): (\d+) tokens computed, (\d+) forks, \d+% of blocks saved", shown)]
+    assert names == ["best of 8", "beam", "diverse beam", "contrastive", "tree search"]
+    assert [index for index, _ in found(rf"  (\d): {QUOTED}.*", shown)] == ["0", "1", "0", "1", "0", "1", "0", "0"]
+    tree = ast.literal_eval(shown.split("tree search")[1].splitlines()[1].strip()[3:])
+    assert brackets_match("(" + tree)
+    [(free, blocks)] = found(r"\d+ tokens in \d+ steps; (\d+) of (\d+) blocks are free", shown)
+    assert free == blocks

@@ -9,7 +9,7 @@ import typer
 from msgspec import Meta
 
 from pagefork.cli.flags import Given
-from pagefork.cli.generate import engine_config
+from pagefork.cli.generate import DEFAULT_ENGINE, engine_config
 from pagefork.cli.settings import Settings
 from pagefork.cli.strategy import STRATEGIES, Preset, Strategy, ValueFn, fields_of_others, sampling_params, strategy_params
 from pagefork.config import EngineConfig
@@ -21,7 +21,7 @@ NOT_OF_THE_FIRST_TOKEN = {
     *("frequency_penalty", "presence_penalty"),
 }
 TOP_OF_NEXT, TOP_OF_SEARCH, DEPTH = 12, 8, 2
-MAX_TOKENS = 12
+DEFAULT_PARAMS = {"max_tokens": 12}  # of a search
 
 
 def meant_for_others(layer: Settings) -> set[str]:
@@ -49,8 +49,8 @@ def explain(
     json: Annotated[bool, typer.Option(help="Print one JSON object")] = False,
     preset: Preset = None,
     value_fn: ValueFn = None,
-    params: Annotated[Given, STRATEGIES, HIDDEN, meant_for_others] = {"max_tokens": MAX_TOKENS},  # noqa: B006 (for the help)
-    engine: Annotated[Given, EngineConfig] = {"model": "demo"},  # noqa: B006
+    params: Annotated[Given, STRATEGIES, HIDDEN, meant_for_others] = DEFAULT_PARAMS,
+    engine: Annotated[Given, EngineConfig] = DEFAULT_ENGINE,
 ) -> None:
     """Show how tokens are chosen.
 
@@ -76,7 +76,7 @@ def explain(
         raise InvalidRequestError("explain needs a text: give it with --next, or after --strategy beam, contrastive or mcts")
     if depth is not None and strategy != "mcts":
         raise InvalidRequestError(f"--depth limits the tree of mcts, and --strategy is {strategy}")
-    chosen = strategy_params(strategy, {"max_tokens": MAX_TOKENS, **params, "trace": True}, preset, value_fn, prompt)
+    chosen = strategy_params(strategy, {**DEFAULT_PARAMS, **params, "trace": True}, preset, value_fn, prompt)
     config = engine_config(engine, chosen)
     from pagefork.cli.load import check_writable
     from pagefork.cli.search import Shown, show_search

@@ -11,6 +11,7 @@ from pagefork.cli.settings import Settings
 from pagefork.scheduler.errors import InvalidRequestError
 from pagefork.scheduler.params import PRESETS, CommonParams, SamplingParams
 from pagefork.scheduler.search_params import BeamSearchParams, ContrastiveSearchParams, MCTSParams
+from pagefork.value_functions import VALUE_FUNCTIONS
 
 STRATEGIES: Structs = {
     "sample": SamplingParams,
@@ -22,7 +23,7 @@ Strategy = Literal["sample", "beam", "contrastive", "mcts"]
 Preset = Annotated[str | None, typer.Option(help=f"Settings for a purpose: {', '.join(PRESETS)}; single flags win")]
 ValueFn = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="How mcts values a leaf, a name of pagefork.value_functions; without it, by its log-probs"),
+    typer.Option(metavar="NAME", help=f"What a leaf of mcts is worth: {', '.join(VALUE_FUNCTIONS)}; without it, the first"),
 ]
 
 
@@ -58,8 +59,6 @@ def strategy_params(strategy: Strategy, given: Given, preset: str | None, value_
 
 
 def _value_function(name: str, prompt: str) -> Any:
-    from pagefork.value_functions import VALUE_FUNCTIONS
-
     if name not in VALUE_FUNCTIONS:
         raise InvalidRequestError(f"there is no value function {name!r}; there are {', '.join(VALUE_FUNCTIONS)}")
     return VALUE_FUNCTIONS[name](prompt)

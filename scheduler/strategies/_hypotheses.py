@@ -124,7 +124,9 @@ class Search:
         if np.count_nonzero(roots != roots[0]) or (len(pool) and np.count_nonzero(pool["root"] != roots[0])):
             return
         order = np.argsort(-pool["depth"], kind="stable") if len(pool) else _NONE
-        node, above, at = self._first[:live], _NONE, len(self._history) - 1
+        node: NDArray[Any] = self._first[:live]
+        above: NDArray[Any] = _NONE
+        at = len(self._history) - 1
         while True:  # towards the first depth, where all have the same
             if len(node) < live + len(pool):
                 own = pool[order[len(node) - live :]]

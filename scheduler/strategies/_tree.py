@@ -146,7 +146,7 @@ class Tree:
     def _puct(self, node: Node) -> int:
         """argmax over a of Q(a) + c_puct P(a) sqrt(N(node)) / (1 + N(a) + O(a)).
 
-        N are visits, O pending simulations. Q is the mean value; without visits the node's own, or 0 (`fpu`). Ties go to the
+        N are visits, O pending simulations. Q is the mean value; without visits that of `node`, or 0 (`fpu`). Ties go to the
         higher prior, then to the lower index.
         """
         assert node.expansion is not None

@@ -197,7 +197,9 @@ class Contrastive(Base):
         assert read.top_id is not None and read.top_p is not None and read.top_logp is not None
         count = int((read.top_p[row] > 0).sum())
         if not count:
-            raise NoTokenError(f"request {group.request.id!r}: its bans, logit_bias or penalties left no token to choose")
+            raise NoTokenError(
+                f"request {group.request.id!r}: its bans, logit_bias, penalties or logits processors left no token to choose"
+            )
         alpha = self._params.alpha
         if self._uncertainty is not None:
             count, alpha = self._uncertainty.settings(read.top_p[row, :count])

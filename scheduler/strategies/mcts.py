@@ -201,7 +201,7 @@ class MCTS(Base):
 
     def _value(self, group: Group) -> list[Edit]:
         """Ask what the leaves are worth, those of all trees at once, or say so."""
-        if self._params.value_fn is not None and self._leaves:
+        if self._params.value_fn is not None:
             asked = [Leaf(self._prompt, tip.tokens(), tip.cumulative, tip.ended[0] if tip.ended else None) for tip in self._tips]
             return [Ask(partial(_valued, self._params.value_fn, self._request.rules), asked, self._params.value_timeout)]
         for leaf, tip in zip(self._leaves, self._tips, strict=True):
@@ -267,7 +267,7 @@ class MCTS(Base):
         expansion = tree.root.expansion
         assert expansion is not None
         if not expansion.token:
-            raise NoTokenError(f"request {self._request.id!r}: its bans, bias or logits processors left no token")
+            raise NoTokenError(f"request {self._request.id!r}: its bans, logit_bias or penalties left no token to choose")
         chosen = tree.draw(self._request.spec.seed) if self._params.visit_temperature else tree.best()
         if chosen.visits == 0:
             self._settle(chosen)

@@ -237,6 +237,17 @@ def test_an_answer_that_comes_too_late_is_not_for_a_later_request_of_the_same_na
     assert finish(engine)["a"].error is None
 
 
+def test_the_deadline_of_a_request_that_was_aborted_does_not_end_a_later_one_of_the_same_name(
+    engine: LLMEngine, gate: Gate
+) -> None:
+    engine.add_request("a", "def f(", SEARCH.replace(value_fn=gate, value_timeout=0.2))
+    until_reached(engine, gate)
+    engine.discard(["a"])
+    engine.add_request("a", "def f(", GREEDY)
+    time.sleep(0.25)
+    assert finish(engine)["a"].error is None
+
+
 def test_a_step_that_fails_spares_a_request_whose_value_function_computes(engine: LLMEngine, gate: Gate) -> None:
     engine.add_request("asks", "def f(", SEARCH.replace(value_fn=gate))
     until_reached(engine, gate)

@@ -69,7 +69,7 @@ def transformers_finds(model: PreTrainedModel, prompt: list[int], **settings: An
     if settings["num_beams"] == 1:
         settings["num_return_sequences"] = 1
     ids = torch.tensor([prompt])
-    found = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    found: Any = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)  # type: ignore[operator]
     rows = found.sequences[:, len(prompt) :].tolist()
     if settings["num_beams"] == 1:
         return [(rows[0], None)]

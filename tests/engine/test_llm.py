@@ -163,7 +163,8 @@ def test_logprobs_are_those_of_the_tokens(demo: LLM) -> None:
 
 
 def test_params_none_means_the_models_generation_config(demo: LLM) -> None:
-    assert demo.default_params().greedy
+    params = demo.default_params()
+    assert isinstance(params, SamplingParams) and params.greedy
     assert (
         run(demo, PROMPTS[0], None)[0].outputs[0].token_ids
         == run(demo, PROMPTS[0])[0].outputs[0].token_ids[:12]

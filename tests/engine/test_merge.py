@@ -94,7 +94,7 @@ def test_a_broken_row_is_bad_and_the_rest_of_its_group_is_read() -> None:
 
 
 def test_only_a_group_without_any_candidate_is_emptied() -> None:
-    banned = Spec(prompt_len=1, logit_bias=tuple((token, -np.inf) for token in range(VOCAB)))
+    banned = Spec(prompt_len=1, rank=True, logit_bias=tuple((token, -np.inf) for token in range(VOCAB)))
     sampler = opened([Spec(prompt_len=1), banned, banned, banned], [[]] * 4)
     found = merge(sampler, torch.zeros(4, VOCAB), [0] * 4, np.zeros(4, np.float32), 3, (0, 2, 4))
     assert found.bad.tolist() == [False, False, True, True]

@@ -261,6 +261,8 @@ def test_bad_rows_are_flagged_and_their_neighbours_do_not_notice(greedy: bool) -
     assert read(hidden, spoiled[20:21], [0], [0]).bad.all()
     nothing_left = opened([Spec(prompt_len=1, allowed_ids=(4,), bad_words=((4,),), temperature=0.0 if greedy else 1.0)], [[]])
     assert read(nothing_left, logits[:1], [0], [0]).bad.all()
+    no_chance = read(nothing_left, logits[:1], [0], [0], Kind.TOPN, 2, processed=True)
+    assert not no_chance.bad.any() and no_chance.top_id is not None and no_chance.top_id.tolist() == [[-1, -1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pagefork.kernels.beam_merge import BeamMerge, Merged, beam_merge
+from pagefork.kernels.beam_merge import Merge, Merged, beam_merge
 from pagefork.kernels.distribution import Distribution
 from pagefork.kernels.scratch import Scratch, widened
 
@@ -74,7 +74,7 @@ def test_logits_with_their_scale_give_the_pairs_of_their_log_probs() -> None:
     logits[2] = 1000 + logits[2] * 1e-3
     logits[3] *= 1e-7
     bias = torch.tensor([0.0, -1.0, 2.0, 3.0, 0.0, 0.0])
-    wide, merge = widened(logits, Scratch()), BeamMerge([0, 4, 6], 6, 40, torch.device("cpu"))
+    wide, merge = widened(logits, Scratch()), Merge([0, 4, 6], 6, 40, torch.device("cpu"))
     scale = Distribution(wide, None, Scratch()).scale()
     merge.add(wide, bias, scale)
     check(merge.result(), scale.log_probs(logits), bias, [0, 4, 6], 40)

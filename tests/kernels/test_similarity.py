@@ -82,6 +82,21 @@ def test_forks_that_share_blocks_are_each_compared_with_their_own_tokens(candida
     np.testing.assert_allclose(found.numpy(), values, atol=1e-6)
 
 
+@pytest.mark.parametrize("states_at_once", [1, 5 * 4 * 2, 1 << 19])
+def test_a_window_ends_where_it_says(states_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The earlier a state, the more it resembles the query; so the first one of the window counts."""
+    monkeypatch.setattr(kernel, "_STATES", states_at_once)
+    held = Pages(4, 2, [61])
+    angle = torch.linspace(0.1, 3, 61, dtype=torch.float64)
+    held.write(torch.stack((angle.cos(), angle.sin()), -1), held.tables[0], 0)
+    window = torch.arange(62)
+    tables, position = held.tables.expand(62, -1), torch.full((62,), 61)
+    found = similarity(torch.tensor([[1.0, 0.0]]).expand(62, -1), held.pages, tables, position, window)
+    first = (61 - window).clamp(min=0)
+    first[0] = 0
+    np.testing.assert_allclose(found.numpy(), angle[first].cos().numpy(), atol=1e-6)
+
+
 def test_no_entry_notices_another() -> None:
     held = Pages(16, 64, [100, 37])
     queries = torch.randn(12, 64, generator=torch.Generator().manual_seed(1))

@@ -201,6 +201,15 @@ def test_what_all_outputs_share_is_delivered_as_soon_as_it_is_known(seed: int) -
     assert harness.step() and tracked.done
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_only_beams_that_run_hold_blocks(groups: int) -> None:
+    harness = Harness(num_blocks=100)
+    name = harness.add([1], BeamSearchParams(beam_width=4, max_tokens=10, num_beam_groups=groups), frozenset([3]))
+    group = harness.scheduler._by_id[name]
+    while harness.step() and not harness.requests[name].done:
+        assert group.live <= 4
+
+
 def test_narrow_searches_do_share_tokens_before_they_end() -> None:
     harness = Listening(num_blocks=200, slots=16, budget=40)
     for seed in range(5):

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fake import FakeRunner
 from support.harness import Harness
 from support.mcts_reference import Path, Search, outputs
 from support.oracle import VOCAB, continuation, scores
 from support.toys import LookToyParams, RolloutToyParams, value
 
 from pagefork.scheduler.edits import Update
+from pagefork.scheduler.errors import NoTokenError
 from pagefork.scheduler.params import SamplingParams
-from pagefork.scheduler.plan import Spec
+from pagefork.scheduler.plan import Plan, Spec
 from pagefork.scheduler.search_params import MCTSParams
 from pagefork.scheduler.strategies.base import Emit, Top
 from pagefork.scheduler.strategies.mcts import MCTSStep
@@ -82,7 +84,14 @@ def assert_equal(harness: Harness, name: str, searches: list[Search]) -> None:
         assert tracked.tokens[output] == list(search.root)
         assert tracked.logps[output] == search.logps
         assert tracked.reasons[output] == search.reason(search.root)
-        assert trees(steps_of(harness, name), output) == search.trees
+        steps = [step for step in steps_of(harness, name) if step.output == output]
+        assert trees(steps, output) == search.trees
+        assert [step.token[step.chosen] for step in steps] == list(search.root)
+        for length, (step, values) in enumerate(zip(steps, search.values, strict=True)):
+            children = search.children(search.root[:length])
+            entries = [i for i, parent in enumerate(step.parent) if parent == 0]
+            assert [(step.token[i], step.prior[i]) for i in entries] == [(child.token, child.prior) for child in children]
+            assert [step.value[0], *(step.value[i] for i in entries)] == pytest.approx(values)
 
 
 @pytest.mark.parametrize("rules", [None, TwoTokens()])
@@ -216,7 +225,7 @@ def test_neither_neighbours_nor_budgets_nor_small_caches_change_a_tree(variant: 
     width = own.width
     neighbours = [SamplingParams(max_tokens=20), LookToyParams(max_tokens=9), own, RolloutToyParams(max_tokens=4)]
     preempted = 0
-    for seed in range(8):
+    for seed in range(6):
         rng = np.random.default_rng(seed)
         older = int(seed % 4 > 0)
         alone = Harness(num_blocks=500, slots=24, budget=60)
@@ -275,7 +284,7 @@ def test_nodes_are_shed_leaves_before_inner_nodes_and_the_least_visited_first() 
 def test_an_abort_at_any_step_leaves_nothing(variant: int) -> None:
     """In a prompt, a wave, a rollout or while values are asked for."""
     own = params(**VARIANTS[variant])
-    for when in range(1, 40):
+    for when in range(1, 60, 2):
         harness = Harness(num_blocks=200, slots=16)
         harness.answer_at_once = False
         name = harness.add(PROMPT, own)
@@ -333,11 +342,39 @@ def test_outputs_of_one_request_have_trees_of_their_own_and_different_tokens() -
     assert trees(steps, 0)[0] != trees(steps, 1)[0], "rollouts of two outputs were the same"
 
 
+class Banned(FakeRunner):
+    """Processing leaves no token from some length on; the model's logits are good."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._length = length
+
+    def submit(self, plan: Plan) -> None:
+        super().submit(plan)
+        for probe, read in zip(plan.probes, self._result.reads, strict=True):
+            rows = np.searchsorted(plan.rows.offset, probe.at, side="right") - 1
+            long = (plan.rows.start + np.diff(plan.rows.offset))[rows] >= self._length
+            assert read.top_id is not None and read.top_p is not None
+            read.top_id[long], read.top_p[long] = -1, 0.0
+
+
+def test_a_request_with_no_token_left_fails_once_its_search_comes_to_that() -> None:
+    for length in (8, 9, 11, 99):
+        harness: Any = Harness(num_blocks=200)
+        harness.runner = Banned(length)
+        name = harness.add(PROMPT, params(max_tokens=9))
+        harness.run()
+        error, (tokens,) = harness.requests[name].error, harness.requests[name].tokens
+        assert (isinstance(error, NoTokenError), error is None) == (length < 99, length == 99)
+        assert len(tokens) == 9 if error is None else len(tokens) <= length - len(PROMPT)
+
+
 def test_a_trace_is_bounded_and_says_what_is_missing() -> None:
-    harness = Harness(num_blocks=3000, block_size=16, slots=40, budget=60)
-    name = harness.add([1], params(num_simulations=700, leaf_batch_size=32, max_tokens=14, top_k=8))
+    harness: Any = Harness(num_blocks=100)
+    harness.runner = FakeRunner()
+    name = harness.add(PROMPT, params(num_simulations=2, top_k=90, max_tokens=150))
     harness.run()
     trace = harness.requests[name].trace
     assert trace is not None and not trace.complete
-    assert 5000 < sum(len(step.parent) for step in trace.steps) <= 10_000
-    assert len(harness.requests[name].tokens[0]) == 14
+    assert 9900 < sum(len(step.parent) for step in trace.steps) <= 10_000
+    assert len(harness.requests[name].tokens[0]) == 150

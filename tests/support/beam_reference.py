@@ -70,7 +70,8 @@ def _step(
                 score = beam.score + logp - np.float32(params.diversity_penalty) * np.float32(taken.count(token))
                 candidates.append((-score, rank, token))
     candidates = sorted(candidates)[: max(2, 1 + len(ends)) * width]
-    running, chosen = [], []
+    running: list[Hypothesis] = []
+    chosen: list[int] = []
     for place, (negative, rank, token) in enumerate(candidates):
         tokens = [*group.beams[rank].tokens, token]
         stopped = token in ends or (stops(tokens) and length >= params.min_tokens)
@@ -84,7 +85,6 @@ def _step(
     full = len(group.pool) == width
     early = params.early_stopping if params.beam_width > 1 else True
     horizon = limit if early == "never" and params.length_penalty > 0 else length
-    group.done = not running or (
-        full and (early is True or running[0].score / np.float32(horizon**params.length_penalty) <= group.pool[-1].score)
-    )
+    hope = running[0].score / np.float32(horizon**params.length_penalty) if running else -np.inf
+    group.done = not running or (full and (early is True or bool(hope <= group.pool[-1].score)))
     return chosen

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Self
 
-VARIABLE = "PAGEFORK_TEST_BROWSER"
+VARIABLE = "TEST_BROWSER"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--remote-debugging-pipe"]
 

@@ -36,10 +36,7 @@ class Group:
     def step(self, logps: Tensor, rows: Tensor, taken: list[int]) -> list[int]:
         """Continue the beams, whose tokens with the prompt are `rows`; the tokens with which they go on."""
         penalty = self.diversity * torch.bincount(torch.tensor(taken, dtype=torch.long), minlength=logps.shape[1])
-        if "order" in self.rules:
-            logps = self._repeated(logps - penalty, rows)
-        else:
-            logps = self._repeated(logps, rows) - penalty
+        logps = self._repeated(logps - penalty, rows) if "order" in self.rules else self._repeated(logps, rows) - penalty
         total = (logps + torch.tensor([score for score, _ in self.beams])[:, None]).reshape(-1)
         count = min(len(total), max(2, 1 + len(self.ends)) * self.width)
         candidates = [

@@ -28,7 +28,11 @@ class Child(NamedTuple):
 
 
 class Search:
-    """The search for one output. `trees`: by emitted token, the visits of all nodes below the root, by path from the root."""
+    """The search for one output.
+
+    By emitted token, `trees`: the visits of all nodes below the root, by path from the root; `values`: the mean values of the
+    root and its children.
+    """
 
     def __init__(
         self,
@@ -50,6 +54,7 @@ class Search:
         self._children: dict[Path, list[Child]] = {}
         self.logps: list[float] = []
         self.trees: list[dict[Path, int]] = []
+        self.values: list[list[float]] = []
 
     def children(self, path: Path) -> list[Child]:
         if path not in self._children:
@@ -138,6 +143,8 @@ class Search:
                 self.simulate(self.root)
                 self.simulations += 1
             self.trees.append({p[len(self.root) :]: n for p, n in self.visits.items() if n and p[: len(self.root)] == self.root})
+            paths = [self.root, *((*self.root, child.token) for child in self.children(self.root))]
+            self.values.append([self.mean(path) if self.visits[path] else 0.0 for path in paths])
             chosen = self.choose()
             self.logps.append(chosen.logp)
             self.root = (*self.root, chosen.token)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import msgspec
 import pytest
@@ -12,10 +11,10 @@ from msgspec import Meta
 from support.cli import PROMPT, assert_refused, generated, pagefork
 from typer.testing import CliRunner
 
-from pagefork import EngineConfig, SamplingParams
+from pagefork import EngineConfig, ParameterError, SamplingParams
 from pagefork.cli.fields import fields_of
 from pagefork.cli.flags import Given, command
-from pagefork.cli.strategy import STRATEGIES
+from pagefork.cli.strategy import STRATEGIES, Strategy, strategy_params
 
 LENGTH = ["--max-tokens", "4"]
 
@@ -43,7 +42,7 @@ def test_every_field_that_is_not_a_function_has_a_flag() -> None:
 class Left(msgspec.Struct):
     """Shares a flag of another meaning, and one of the same."""
 
-    level: Annotated[int, Meta(ge=0, description="How high")] = 1
+    level: Annotated[int, Meta(ge=0, le=3, description="How high")] = 1
     name: Annotated[str, Meta(description="What it is called")] = "x"
     mode: bool | Literal["never"] = False
 
@@ -54,7 +53,7 @@ class Right(msgspec.Struct):
     weight: Annotated[float, Meta(description="In tons")] = 0.5
 
 
-def of_one(*arguments: str) -> tuple[Given, str]:
+def of_one(*arguments: str, **environment: str) -> tuple[Given, str]:
     """What a command gets that takes the fields of one of two Structs, and its help."""
     app, got = typer.Typer(rich_markup_mode=None), []
 
@@ -62,7 +61,7 @@ def of_one(*arguments: str) -> tuple[Given, str]:
     def one(*, params: Annotated[Given, {"left": Left, "right": Right}]) -> None:
         got.append(params)
 
-    result = CliRunner().invoke(app, list(arguments))
+    result = CliRunner(env=environment).invoke(app, list(arguments))
     assert result.exit_code == 0, result.output
     return got[0], " ".join(CliRunner().invoke(app, ["--help"]).output.split())
 
@@ -71,9 +70,14 @@ def test_equal_names_of_several_structs_share_a_flag_whose_help_tells_them_apart
     given, shown = of_one("--level", "3", "--weight", "2", "--name", "y")
     assert given == {"level": 3, "weight": 2.0, "name": "y"}
     assert shown.count("--level") == shown.count("--name") == 1
-    assert "left: How high (>= 0, default 1); right: How deep (>= 2, default 5)" in shown
+    assert "left: How high (>= 0, <= 3, default 1); right: How deep (>= 2, default 5)" in shown
     assert "What it is called (default x) " in shown
     assert "For left: --mode <true|false|never>" in shown and "For right: --weight <float> In tons (default 0.5)" in shown
+
+
+def test_a_shared_flag_takes_from_the_environment_what_any_of_the_structs_allows() -> None:
+    assert [of_one(PAGEFORK_LEVEL=text)[0] for text in ("0", "3", "9")] == [{"level": 0}, {"level": 3}, {"level": 9}]
+    assert_refused(pagefork("generate", "x", PAGEFORK_TOP_K="-2"), "PAGEFORK_TOP_K", ">= -1")
 
 
 @pytest.mark.parametrize(("word", "value"), [("true", True), ("false", False), ("never", "never")])
@@ -83,22 +87,21 @@ def test_a_choice_between_truth_and_words_is_made_by_words(word: str, value: boo
     assert outputs == generated("--strategy", "beam", *LENGTH, PROMPT, PAGEFORK_EARLY_STOPPING=word)[0]["outputs"]
 
 
-def foreign(strategy: str) -> Iterator[list[str]]:
-    """Every flag that another strategy has and this one has not, each with a value."""
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_flag_of_another_strategy_is_refused_by_the_parameters_of_the_chosen_one(strategy: Strategy) -> None:
     own = STRATEGIES[strategy].__struct_fields__
     fields = {field.name: field for struct in STRATEGIES.values() for field in fields_of(struct) if field.name not in own}
+    assert len(fields) > 10
     for name, field in fields.items():
-        choices = [str(value).lower() for value in get_args(field.kind)]
-        yield [f"--{name.replace('_', '-')}", *([] if field.kind is bool else choices[:1] or ["1"])]
+        with pytest.raises(ParameterError, match=f"{STRATEGIES[strategy].__name__} has no parameter '{name}'"):
+            strategy_params(strategy, {name: field.default}, None, None, "x")
+    if strategy != "mcts":
+        done = pagefork("generate", "--strategy", strategy, "--max-depth", "3", "x")
+        assert_refused(done, f"{STRATEGIES[strategy].__name__} has no parameter 'max_depth'")
+        assert_refused(pagefork("generate", "--strategy", strategy, "--value-fn", "x", "x"), "'value_fn'", "MCTSParams")
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_flag_of_another_strategy_is_refused_by_the_parameters_of_the_chosen_one(strategy: str) -> None:
-    flags = [*foreign(strategy), *([] if strategy == "mcts" else [["--value-fn", "parses_as_python"]])]
-    assert len(flags) > 10
-    for flag in flags:
-        done = pagefork("generate", "--strategy", strategy, *flag, "x")
-        assert_refused(done, f"{STRATEGIES[strategy].__name__} has no parameter {flag[0][2:].replace('-', '_')!r}")
+def test_the_owner_of_a_flag_and_the_strategies_that_there_are_are_named() -> None:
     assert_refused(pagefork("generate", "--beam-width", "3", "x"), "SamplingParams", "belongs to BeamSearchParams")
     assert_refused(pagefork("generate", "--strategy", "greedy", "x"), "--strategy", "contrastive")
 

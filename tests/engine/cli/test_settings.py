@@ -185,12 +185,6 @@ def test_what_suits_no_strategy_of_its_own_place_is_refused(file: Path) -> None:
     assert_refused(pagefork("generate", "--config", str(file), PROMPT), str(file), '"beam"')
 
 
-def test_a_shared_flag_may_be_what_any_of_its_strategies_allows(file: Path) -> None:
-    file.write_text("top-k = -1\n")
-    assert received("--config", str(file))[0] == {"top_k": -1}
-    assert_refused(pagefork("generate", "--strategy", "mcts", "--config", str(file), PROMPT), "MCTSParams", "top_k=-1")
-
-
 def test_a_table_holds_for_its_command_or_group_alone(file: Path, tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     file.write_text(TABLES.replace("RESULT", str(result)))

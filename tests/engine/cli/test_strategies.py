@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from support.cli import PROMPT, assert_refused, generated, pagefork
 
-from pagefork import LLM, BeamSearchParams, ContrastiveSearchParams, MCTSParams
+from pagefork import LLM, BeamSearchParams, ContrastiveSearchParams, MCTSParams, SamplingParams
+from pagefork.cli.generate import engine_config
 from pagefork.cli.strategy import STRATEGIES
 from pagefork.scheduler.params import CommonParams
 from pagefork.value_functions import parses_as_python
@@ -89,3 +90,9 @@ def test_what_a_search_cannot_honour_is_refused_before_a_model_is_loaded() -> No
     assert_refused(pagefork("generate", "--strategy", "mcts", "--value-fn", "nice", *nowhere), "'nice'", "parses_as_python")
     assert_refused(pagefork("generate", "--strategy", "beam", "--n", "5", *nowhere), "n=5", "beam_width=4")
     assert_refused(pagefork("generate", "--strategy", "contrastive", "--hidden-states", "false", "x"), "hidden_states")
+
+
+def test_the_engine_keeps_hidden_states_for_the_search_that_reads_them_unless_it_is_told() -> None:
+    for params in (SamplingParams(), *(params for _, params in SEARCHES.values())):
+        assert engine_config({}, params).hidden_states == (True if params.needs_hidden_states else "auto")
+    assert engine_config({"hidden_states": False}, ContrastiveSearchParams()).hidden_states is False
