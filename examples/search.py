@@ -33,9 +33,7 @@ def main() -> None:
             score = "" if output.score is None else f" (score {output.score:.3f})"
             print(f"  {output.index}: {output.text!r}{score}")
     stats = llm.engine.stats()
-    print(
-        f"{stats.generated_tokens} tokens in {stats.steps} steps; {stats.free_blocks} of {stats.num_blocks} cache blocks are free"
-    )
+    print(f"{stats.generated_tokens} tokens in {stats.steps} steps; {stats.free_blocks} of {stats.num_blocks} blocks are free")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import types
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -69,7 +71,7 @@ def _refusal(value: Any, kind: Any) -> str | None:
     if isinstance(value, float) and value and not fits_float32(value):
         return "it does not fit a 32-bit float, which is what is computed with"
     if "Callable" in repr(kind):
-        several = "Sequence" in repr(kind)
+        several = any(get_origin(part) is Sequence for part in get_args(kind))
         if value is None or (all(map(callable, value)) if several and isinstance(value, list | tuple) else callable(value)):
             return None
         return "it is a list of callables" if several else "it is not callable"
@@ -82,9 +84,12 @@ def _refusal(value: Any, kind: Any) -> str | None:
 
 
 def _choices(kind: Any) -> tuple[Any, ...]:
-    """The values of a Literal, which may be annotated or optional."""
+    """The values of a Literal or a bool, which may be annotated or optional; none where other values are allowed too."""
     if get_origin(kind) is Literal:
         return get_args(kind)
-    if get_origin(kind) in (Annotated, Union, types.UnionType):
-        return next((found for part in get_args(kind) if (found := _choices(part))), ())
-    return ()
+    if get_origin(kind) is Annotated:
+        return _choices(get_args(kind)[0])
+    if get_origin(kind) in (Union, types.UnionType):
+        found = [_choices(part) for part in get_args(kind) if part is not types.NoneType]
+        return tuple(itertools.chain(*found)) if all(found) else ()
+    return (True, False) if kind is bool else ()

@@ -36,8 +36,15 @@ FOREIGN_NAMES = {
     name: f"it belongs to {owner}"
     for owner, names in {
         "BeamSearchParams": ("beam_width", "length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty"),
-        "ContrastiveSearchParams": ("alpha", "momentum", "adaptive"),
-        "MCTSParams": ("num_simulations", "c_puct", "rollout_tokens", "leaf_batch_size", "value_fn", "visit_temperature"),
+        "ContrastiveSearchParams": ("alpha", "momentum", "window", "adaptive"),
+        "MCTSParams": (
+            *("num_simulations", "c_puct", "max_depth", "rollout_tokens", "leaf_batch_size", "selection", "fpu"),
+            *("value_fn", "value_timeout", "reuse_tree", "visit_temperature"),
+        ),
+        "SamplingParams": ("best_of", "rank_by", "top_p", "min_p", "prompt_logprobs", "logprobs_mode"),
+        "SamplingParams and MCTSParams": ("temperature", "seed"),
+        "SamplingParams, ContrastiveSearchParams and MCTSParams": ("top_k",),
+        "SamplingParams, BeamSearchParams and MCTSParams": ("n",),
     }.items()
     for name in names
 }

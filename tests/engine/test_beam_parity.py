@@ -175,3 +175,16 @@ def test_a_wide_search_gives_everything_back() -> None:
     assert scores == sorted(scores, reverse=True) and len({tuple(output.token_ids) for output in result.outputs}) == 512
     for output in result.outputs:
         assert output.score == pytest.approx(output.cumulative_logprob / len(output.token_ids), abs=CLOSE)
+
+
+def test_a_width_of_one_reports_what_greedy_reports(demo: LLM) -> None:
+    narrow = BeamSearchParams(beam_width=1, max_tokens=20, logprobs=2)
+    greedy = SamplingParams(temperature=0, max_tokens=20, logprobs=2)
+    results = demo.generate([PROMPTS[0]] * 2, [narrow, greedy], use_tqdm=False)
+    one, other = (result.outputs[0] for result in results)
+    assert one.token_ids == other.token_ids and one.text == other.text and one.finish_reason == other.finish_reason
+    for found, expected in zip(one.logprobs or [], other.logprobs or [], strict=True):
+        assert found.keys() == expected.keys()
+        for token, logprob in found.items():
+            assert logprob.logprob == pytest.approx(expected[token].logprob, abs=CLOSE)
+            assert (logprob.rank, logprob.decoded_token) == (expected[token].rank, expected[token].decoded_token)

@@ -17,8 +17,9 @@ from pagefork.scheduler.errors import ParameterError
 from pagefork.scheduler.params import SamplingParams
 from pagefork.scheduler.plan import Spec
 from pagefork.scheduler.search_params import BeamSearchParams
-from pagefork.scheduler.strategies import beam
+from pagefork.scheduler.strategies import _beam_trace
 from pagefork.scheduler.strategies.base import Emit
+from pagefork.scheduler.strategies.beam import BeamStep
 
 PENALTIES = [-1.0, 0.0, 0.5, 1.0, 2.0]
 EARLY: list[Any] = [False, True, "never"]
@@ -288,7 +289,7 @@ def test_the_trace_tells_how_each_output_came_about(groups: int) -> None:
     strategy = harness.scheduler._by_id[name].strategy
     harness.run()
     tracked = harness.requests[name]
-    steps: list[beam.BeamStep] = strategy.trace()
+    steps: list[BeamStep] = strategy.trace()
     paths: list[list[int]] = []  # of the entries of the step before
     finished = []
     for number, step in enumerate(steps, 1):
@@ -304,7 +305,7 @@ def test_the_trace_tells_how_each_output_came_about(groups: int) -> None:
 
 
 def test_a_trace_is_bounded_and_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beam, "_TRACED", 50)
+    monkeypatch.setattr(_beam_trace, "_TRACED", 50)
     harness = Harness()
     name = harness.add([7], BeamSearchParams(beam_width=4, max_tokens=20, trace=True))
     strategy: Any = harness.scheduler._by_id[name].strategy

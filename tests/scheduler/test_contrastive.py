@@ -13,6 +13,7 @@ from support.harness import Harness
 from support.oracle import VOCAB, continuation
 from support.requests import GREEDY, GROUPS, prompt
 
+from pagefork.scheduler.errors import NumericError
 from pagefork.scheduler.params import SamplingParams
 from pagefork.scheduler.plan import Plan, Probe, Reads, Result, Spec
 from pagefork.scheduler.search_params import ContrastiveSearchParams as Params
@@ -276,6 +277,16 @@ def test_aborting_at_any_phase_gives_everything_back(steps: int, lag: int) -> No
     harness.assert_expected()
     assert harness.requests[name].reasons == {0: "abort"}
     assert set(harness.requests[other].reasons.values()) == {"length"}
+
+
+@pytest.mark.parametrize("step", range(7))
+def test_unusable_logits_at_any_phase_end_it_and_give_everything_back(step: int) -> None:
+    harness = Harness(budget=8)
+    harness.runner.poison = {step}
+    name = add(harness, prompt(13), Params(top_k=4, max_tokens=9))
+    harness.run()
+    harness.assert_expected(NumericError)
+    assert harness.requests[name].reasons == {0: "error" if step > 0 else "length"}  # step 0 computes a chunk of the prompt
 
 
 class Tied(FakeRunner):

@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from pagefork.scheduler.errors import PageforkError, ParameterError
-from pagefork.scheduler.params import PRESETS, SamplingParams
+from pagefork.scheduler.params import PRESETS, CommonParams, SamplingParams
+from pagefork.scheduler.search_params import BeamSearchParams, ContrastiveSearchParams, MCTSParams
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"temperature": math.nan}, "temperature=nan is refused: it is not a finite number"),
@@ -100,3 +101,31 @@ def test_lists_that_were_checked_do_not_change_with_the_callers() -> None:
     stop.append("b")
     bias[2] = math.nan
     assert (params.stop, params.logit_bias) == (["a"], {1: 2.0})
+
+
+SEARCHES_REFUSED: list[tuple[type[CommonParams], dict[str, Any], str]] = [
+    (BeamSearchParams, {"beam_width": 0}, "beam_width=0"),
+    (BeamSearchParams, {"beam_width": 4, "n": 5}, "n=5 outputs are more than beam_width=4 can give"),
+    (BeamSearchParams, {"beam_width": 4, "num_beam_groups": 3}, "num_beam_groups=3 does not divide beam_width=4"),
+    (BeamSearchParams, {"diversity_penalty": 0.5}, "num_beam_groups is 1"),
+    (BeamSearchParams, {"early_stopping": "always"}, "it is one of True, False, 'never'"),
+    (BeamSearchParams, {"length_penalty": math.inf}, "it is not a finite number"),
+    (BeamSearchParams, {"temperature": 0.5}, "no parameter 'temperature'; it belongs to SamplingParams and MCTSParams"),
+    (ContrastiveSearchParams, {"alpha": 1.5}, "alpha=1.5"),
+    (ContrastiveSearchParams, {"alpha": -0.1}, "alpha=-0.1"),
+    (ContrastiveSearchParams, {"top_k": 0}, "top_k=0"),
+    (ContrastiveSearchParams, {"window": 0}, "window=0"),
+    (ContrastiveSearchParams, {"n": 2}, "ContrastiveSearchParams has no parameter 'n'"),
+    (MCTSParams, {"num_simulations": 0}, "num_simulations=0"),
+    (MCTSParams, {"n": 2}, "visit_temperature=0 takes the most visited token"),
+    (MCTSParams, {"temperature": 0.0}, "temperature=0.0"),
+    (MCTSParams, {"value_fn": 3}, "value_fn=3 is refused: it is not callable"),
+    (MCTSParams, {"selection": "random"}, "it is one of 'puct', 'ucb1'"),
+    (SamplingParams, {"beam_width": 4}, "no parameter 'beam_width'; it belongs to BeamSearchParams"),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields", "message"), SEARCHES_REFUSED, ids=str)
+def test_searches_refuse_what_they_can_not_honour_by_name(kind: type[CommonParams], fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        kind(**fields)
