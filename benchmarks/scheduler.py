@@ -28,13 +28,16 @@ from pagefork.scheduler.params import SamplingParams
 from pagefork.scheduler.plan import Spec
 from pagefork.scheduler.request import Request
 from pagefork.scheduler.scheduler import Scheduler
+from pagefork.scheduler.search_params import BeamSearchParams
 
 COUNTS = [1, 16, 64, 256, 1024]
 
 
-def request(name: str, prompt: np.ndarray[Any, np.dtype[np.int32]], n: int = 1) -> Request:
-    params = SamplingParams(max_tokens=100_000, n=n)
-    return Request(name, prompt, params, Spec(prompt_len=len(prompt)), len(prompt) + 100_000)
+def request(name: str, prompt: np.ndarray[Any, np.dtype[np.int32]], n: int = 1, beams: int = 0) -> Request:
+    """A request that samples `n` outputs, or searches with so many beams."""
+    room = 1000 if beams else 100_000
+    params = BeamSearchParams(beam_width=beams, max_tokens=room) if beams else SamplingParams(max_tokens=room, n=n)
+    return Request(name, prompt, params, Spec(prompt_len=len(prompt)), len(prompt) + room)
 
 
 def step(scheduler: Scheduler, runner: FakeRunner) -> None:
@@ -44,12 +47,15 @@ def step(scheduler: Scheduler, runner: FakeRunner) -> None:
     scheduler.apply(runner.collect())
 
 
-def running(count: int, n: int = 1) -> tuple[Scheduler, FakeRunner]:
-    """`count` sequences, `n` to a request, that decode; their prompts differ in length, as they do in service."""
+def running(count: int, n: int = 1, search: bool = False) -> tuple[Scheduler, FakeRunner]:
+    """`count` sequences, `n` to a request, that decode; their prompts differ in length, as they do in service.
+
+    They are samples, or the beams of searches whose every step keeps about half of the beams and forks the others from them.
+    """
     scheduler = Scheduler(count * 200 + 1000, 16, max_num_seqs=max(256, count), max_num_batched_tokens=2048 + count)
     runner, rng = FakeRunner(), np.random.default_rng(0)
     for i in range(count // n):
-        scheduler.add(request(str(i), rng.integers(0, 1000, 64 + i % 16).astype(np.int32), n))
+        scheduler.add(request(str(i), rng.integers(0, 1000, 64 + i % 16).astype(np.int32), n, n if search else 0))
     while len(scheduler.residents.waiting):
         step(scheduler, runner)
     for _ in range(20):
@@ -66,6 +72,12 @@ def test_step(benchmark: Any, count: int) -> None:
 def test_step_of_groups(benchmark: Any) -> None:
     """One step of 64 requests of 4 sequences."""
     benchmark.pedantic(step, running(256, 4), rounds=300, warmup_rounds=10)
+
+
+@pytest.mark.parametrize(("groups", "width"), [(64, 4), (1, 4096)])
+def test_step_of_searches(benchmark: Any, groups: int, width: int) -> None:
+    """One step of searches of so many beams each; the largest time is that of a step in which all of them fill blocks."""
+    benchmark.pedantic(step, running(groups * width, width, search=True), rounds=100, warmup_rounds=10)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -112,7 +124,10 @@ def main() -> None:
         if code := pytest.main([__file__, *options]):
             raise SystemExit(code)
         found = json.loads(Path(raw.name).read_text())
-    micros = {entry["name"].removeprefix("test_"): round(entry["stats"]["median"] * 1e6, 1) for entry in found["benchmarks"]}
+    micros, worst = (
+        {entry["name"].removeprefix("test_"): round(entry["stats"][stat] * 1e6, 1) for entry in found["benchmarks"]}
+        for stat in ("median", "max")
+    )
     per_request = {f"admission_each[{count}]": round(micros[f"admission[{count}]"] / count, 1) for count in COUNTS}
     report = {
         "machine": {"processor": found["machine_info"]["cpu"].get("brand_raw", platform.processor()), "cores": os.cpu_count()},
@@ -120,6 +135,7 @@ def main() -> None:
         "command": "python benchmarks/scheduler.py",
         "date": found["datetime"][:10],
         "median_microseconds": micros | per_request,
+        "largest_microseconds": {name: value for name, value in worst.items() if name.startswith("step")},
         "waiting_request_bytes_per_token_id_byte": round(waiting_memory(), 2),
     }
     args.out.write_text(json.dumps(report, indent=1) + "\n")

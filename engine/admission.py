@@ -120,7 +120,7 @@ class Admission:
         self._check_range("stop_token_ids", params.stop_token_ids)
         self._check_range("allowed_token_ids", params.allowed_token_ids or ())
         self._check_range("logit_bias", list(params.logit_bias or ()))
-        if params.needs_text and self._tokenizer is None:
+        if (params.needs_text or params.bad_words) and self._tokenizer is None:
             raise ParameterError("stop, bad_words, rank_by and value_fn need a tokenizer, which the checkpoint doesn't have")
 
     def _prompt_logprobs(self, params: CommonParams) -> int | None:

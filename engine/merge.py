@@ -19,7 +19,7 @@ from .logit_parts import Parts, joined
 
 
 def read_merge(parts: Parts, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> tuple[Reads, Tensor]:
-    """What `probe` asks of logits [U, V], as in Sampler.read, and the entries of which processing left nothing, bool [P].
+    """What `probe` asks of logits [U, V], as in Sampler.read, and the entries whose own processors failed, bool [P].
 
     Bans, bias, penalties and processors apply to log-probs, as in the beam search of transformers. Where none does, the
     log-probs of the best logits alone are computed.
@@ -37,9 +37,7 @@ def read_merge(parts: Parts, logits: Tensor, probe: Probe, index: Tensor, positi
         else:
             merge.add(part.logits, bias[cut], scale)
     model, merged = joined(scales), merge.result()
-    sizes = parts.tensor(np.diff(probe.groups)).long()
-    hopeless = (merged.score[:, 0] == -torch.inf).repeat_interleave(sizes)
-    emptied = (hopeless | parts.tensor(parts.state.failed(probe.slot))) & ~model.bad
+    emptied = parts.tensor(parts.state.failed(probe.slot)) & ~model.bad
     reads = Reads(
         bad=(model.bad | emptied).cpu().numpy(),
         top_id=merged.token.int().cpu().numpy(),

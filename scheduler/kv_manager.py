@@ -206,40 +206,45 @@ class KVManager:
         if not self.caching or begin >= end:
             return
         pool, size, trunk, first = self.pool, self.block_size, group.trunk, int(seqs[0])
-        blocks: list[int] = self.held(group, first)[:end].tolist()
+        row, head = self.table.tail[first], len(trunk)
+        before = 0 if begin == 0 else trunk[begin - 1] if begin <= head else int(row[begin - 1 - head])
         for index in range(begin, end):
-            block = blocks[index]
-            if pool.uid[block]:
-                continue
-            parent = int(pool.uid[blocks[index - 1]]) if index else self.prefix.root(group.request.salt)
-            if not parent:  # the chain was taken out of the cache
-                continue
-            found = self.prefix.publish(parent, group.token_bytes(first, index * size, (index + 1) * size), block)
-            if found != block:
-                blocks[index] = found
-                holders = 1 if index < len(trunk) else len(seqs)
-                pool.retain(np.full(holders, found, np.int32))
-                pool.release(np.full(holders, block, np.int32))
-                if index < len(trunk):
-                    trunk[index] = found
-                else:
-                    self.table.tail[seqs, index - len(trunk)] = found
-                self.table.outdated[seqs] = np.minimum(self.table.outdated[seqs], index)
-                self.replaced = True
+            block = trunk[index] if index < head else int(row[index - head])
+            parent = int(pool.uid[before]) if index else self.prefix.root(group.request.salt)
+            if parent and not pool.uid[block]:  # without a parent the chain was taken out of the cache
+                found = self.prefix.publish(parent, group.token_bytes(first, index * size, (index + 1) * size), block)
+                if found != block:
+                    self._replace(group, seqs, index, found)
+                    block = found
+            before = block
+
+    def _replace(self, group: Group, seqs: Ints, index: int, block: int) -> None:
+        """Sequences that share block `index` hold another one with the same content from now on."""
+        table, trunk = self.table, group.trunk
+        if index < len(trunk):
+            old, trunk[index] = ints([trunk[index]]), block
+        else:
+            old = table.tail[seqs, index - len(trunk)]
+            table.tail[seqs, index - len(trunk)] = block
+        self.pool.retain(np.full(len(old), block, np.int32))
+        self.pool.release(old)
+        table.outdated[seqs] = np.minimum(table.outdated[seqs], index)
+        self.replaced = True
 
     def _promote(self, group: Group, seqs: Ints, shared: int) -> None:
         """`shared` leading tail blocks that all sequences hold become trunk: one reference for all, shorter tails to fork."""
         if shared <= 0:
             return
         table = self.table
-        blocks = table.tail[seqs[0], :shared].copy()
+        blocks = table.tail[int(seqs[0]), :shared].copy()
         group.trunk.extend(blocks.tolist())
         if len(seqs) > 1:
             self.pool.release(np.repeat(blocks, len(seqs) - 1))
-        table.tail[seqs, :-shared] = table.tail[seqs, shared:]
-        table.cols[seqs] -= shared
-        table.trunk[seqs] += shared
-        table.published[seqs] = np.maximum(table.published[seqs], len(group.trunk))
+        who: Ints | int = seqs if len(seqs) > 1 else int(seqs[0])  # arrays of one are slow
+        table.tail[who, :-shared] = table.tail[who, shared:]
+        table.cols[who] -= shared
+        table.trunk[who] += shared
+        table.published[who] = np.maximum(table.published[who], len(group.trunk))
 
     def _in_common(self, seqs: Ints) -> int:
         """How many leading tail blocks are full in all of the sequences, and the same."""

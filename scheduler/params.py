@@ -127,8 +127,8 @@ class CommonParams(Checked, frozen=True, kw_only=True):
 
     @property
     def needs_text(self) -> bool:
-        """Whether generated text matters while it is generated, so that there has to be a tokenizer."""
-        return bool(self.stop or self.bad_words)
+        """Whether generated text matters while it is generated."""
+        return bool(self.stop)
 
     def drawing(self) -> dict[str, Any]:
         """The fields of a Spec that say how draws come from logits; a `seed` of None is the engine's to choose."""

@@ -170,9 +170,8 @@ class Reads(msgspec.Struct):
     bias + log-prob, processed by the stages before the temperature and not renormalised; ties to the lower parent, then
     to the lower id. Where there are fewer, parent and id are -1. top_logp is the log-prob that the spec reports.
 
-    `why` says what made an entry bad if it was not the model, by index. An entry of MERGE is bad if the model's logits
-    are, and all entries of a group are if processing left nothing of any. An entry of TOPN that is `processed` and of which
-    processing left nothing is not bad: all its ids are -1.
+    `why` says what made an entry bad if it was not the model, by index. Where processing left nothing, an entry of MERGE, or
+    of TOPN that is `processed`, is not bad: it has no ids.
     """
 
     bad: Bools  # [P] NaN or only -inf: the other fields of this entry mean nothing

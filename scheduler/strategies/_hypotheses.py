@@ -77,6 +77,9 @@ class Search:
 
     def step(self, found: Nodes, stopped: Bools, tops: Tops) -> Longs:
         """Go on with the best candidates that have not stopped; which ones, by index: none when the search is over."""
+        if not len(stopped):  # bans and the like left no token after any beam
+            self.done, self.scores, self.chosen, self.ended, self._roots = True, found.score, found.token, _NONE, _NO_IDS
+            return _NONE
         length = self._base + len(self._history) + 1
         ended, run = _NONE, self._first[: len(stopped)]
         if np.count_nonzero(stopped):

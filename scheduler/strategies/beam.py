@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import msgspec
 import numpy as np
 
-from ..errors import ParameterError
+from ..errors import NoTokenError, ParameterError
 from ..group import Group
 from ..params import CommonParams
 from ..plan import Bools, Floats, Ints, Kind, Longs, Reads, ints
@@ -227,6 +227,8 @@ class Beam(Base):
         """The n best of all pools."""
         pools = [search.pool for search in self._searches]
         pool = np.concatenate(pools)
+        if not len(pool):
+            raise NoTokenError(f"request {self._request.id!r}: its bans, logit_bias or penalties left no token after any beam")
         owner = np.repeat(np.arange(len(pools)), [len(pool) for pool in pools])
         best = np.argsort(-pool["score"], kind="stable")[: self._params.n]
         ends: dict[int, tuple[Tokens, Finish]] = {}

@@ -18,8 +18,8 @@ from pagefork.scheduler.params import SamplingParams
 from pagefork.scheduler.plan import Spec
 from pagefork.scheduler.search_params import BeamSearchParams
 from pagefork.scheduler.strategies import _beam_trace
+from pagefork.scheduler.strategies._beam_trace import BeamStep
 from pagefork.scheduler.strategies.base import Emit
-from pagefork.scheduler.strategies.beam import BeamStep
 
 PENALTIES = [-1.0, 0.0, 0.5, 1.0, 2.0]
 EARLY: list[Any] = [False, True, "never"]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from support.harness import Harness
 from support.oracle import VOCAB
-from support.toys import BeamToyParams, LookToyParams, RolloutToyParams
+from support.toys import BeamToyParams, ForkToyParams, LookToyParams, RolloutToyParams
 
 from pagefork.scheduler.errors import KVExhaustedError
 from pagefork.scheduler.params import CommonParams, SamplingParams
@@ -26,13 +26,15 @@ PREFIXES = [[t % VOCAB for t in range(seed, seed + 60)] for seed in (3, 5)]
 def params(draw: st.DrawFn) -> CommonParams:
     count = draw(st.integers(1, 20))
     penalty = draw(st.sampled_from([0.0, 0.5]))
-    match draw(st.sampled_from(["sample", "sample", "greedy", "beam", "look", "rollout"])):
+    match draw(st.sampled_from(["sample", "sample", "greedy", "beam", "look", "rollout", "fork"])):
         case "sample":
             return SamplingParams(n=draw(st.integers(1, 4)), max_tokens=count, frequency_penalty=penalty)
         case "greedy":
             return SamplingParams(temperature=0, max_tokens=count, frequency_penalty=penalty)
         case "beam":
             return BeamToyParams(width=draw(st.integers(1, 5)), max_tokens=count, frequency_penalty=penalty)
+        case "fork":
+            return ForkToyParams(branch=draw(st.integers(1, 3)), max_tokens=count, frequency_penalty=penalty)
         case "rollout":
             return RolloutToyParams(
                 branch=draw(st.integers(1, 3)), depth=draw(st.integers(1, 6)), max_tokens=draw(st.integers(1, 6))

@@ -16,7 +16,16 @@ from pagefork.scheduler.request import Request
 from pagefork.scheduler.scheduler import Scheduler
 from pagefork.scheduler.strategies.base import Ask, Emit
 from support.oracle import OracleRunner, continuation, scores
-from support.toys import BeamToyParams, LookToyParams, RolloutToyParams, beam_reference, look_reference, rollout_reference
+from support.toys import (
+    BeamToyParams,
+    ForkToyParams,
+    LookToyParams,
+    RolloutToyParams,
+    beam_reference,
+    fork_reference,
+    look_reference,
+    rollout_reference,
+)
 
 
 @dataclass
@@ -31,6 +40,7 @@ class Tracked:
     reasons: dict[int, str] = field(default_factory=dict)
     scores: dict[int, float | None] = field(default_factory=dict)
     logps: dict[int, list[float]] = field(default_factory=dict)
+    preemptions: int = 0
     usage: Usage | None = None
     trace: Trace | None = None
     done: bool = False
@@ -87,6 +97,8 @@ class Harness:
                 return beam_reference(prompt, spec, params.width, count)
             case LookToyParams():
                 return [look_reference(prompt, spec, params.branch, count)]
+            case ForkToyParams():
+                return [fork_reference(prompt, spec, params.branch, count)]
             case RolloutToyParams():
                 return [rollout_reference(prompt, spec, params.branch, params.depth, count)]
             case _:
@@ -153,7 +165,7 @@ class Harness:
                 rows = zip(part.logps, part.top_ids.tolist(), strict=True)
                 tracked.scored += [(part.begin + i, logp, top) for i, (logp, top) in enumerate(rows)]
             self.asks += [(update.request_id, ask) for ask in update.asks]
-            tracked.usage, tracked.trace = update.usage, update.trace
+            tracked.usage, tracked.trace, tracked.preemptions = update.usage, update.trace, update.preemptions
             tracked.done = update.done
             tracked.error = update.error
             if update.done:

@@ -98,7 +98,7 @@ class OracleRunner:
         assert not set(plan.copies.src.tolist()) & set(plan.copies.dst.tolist())
         assert len(set(plan.copies.dst.tolist())) == len(plan.copies.dst)
         self.cache[plan.copies.dst] = self.cache[plan.copies.src]
-        positions = self._write(plan.rows)
+        positions = self._write(plan.rows, set(plan.copies.dst.tolist()))
         reads = [self._read(probe, plan.rows, positions) for probe in plan.probes]
         if plan.step in self.poison:
             for read in reads:
@@ -126,13 +126,15 @@ class OracleRunner:
             self.history[slot, : end - begin] = opens.tokens[begin:end]
             self.last[slot] = -1
 
-    def _write(self, rows: Rows) -> NDArray[np.int64]:
+    def _write(self, rows: Rows, copied: set[int]) -> NDArray[np.int64]:
         assert len(set(rows.slot.tolist())) == len(rows.slot), "a slot has two rows"
         assert len(rows.tokens) <= self.budget
         positions = np.zeros(len(rows.tokens), np.int64)
         written: set[tuple[int, int]] = set()
         for slot, start, begin, end in zip(rows.slot, rows.start, rows.offset, rows.offset[1:], strict=False):
             assert self.spec[slot] is not None, "a row in a slot that is not open"
+            assert start % self.size or self.table[slot, start // self.size] not in copied, "copied to be overwritten whole"
+            copied.discard(int(self.table[slot, start // self.size]))
             for i in range(begin, end):
                 position = start + i - begin
                 token = rows.tokens[i] if rows.tokens[i] != LAST_TOKEN else self.last[slot]
@@ -144,6 +146,7 @@ class OracleRunner:
                 self.cache[block, position % self.size] = token
                 self.history[slot, position] = token
                 positions[i] = position
+        assert not copied, "copied and not written"
         for first, count, blocks in rows.trunk:
             shared = self.table[rows.slot[first : first + count], :blocks]
             assert count > 1 and (shared == shared[0]).all(), "rows named as sharing a trunk do not"

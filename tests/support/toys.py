@@ -1,4 +1,4 @@
-"""Two small strategies that use what sampling does not: forks of live sequences, generations, parking, Ask.
+"""Small strategies that use what sampling does not: forks of live sequences, generations, parking, Ask.
 
 They also show that a strategy lives in one file: nothing in the scheduler knows them.
 """
@@ -14,7 +14,7 @@ from pagefork.scheduler.params import CommonParams
 from pagefork.scheduler.plan import Kind, Spec, ints
 from pagefork.scheduler.request import Request
 from pagefork.scheduler.strategies.base import Ask, Base, Drop, Edit, Emit, Finish, Footprint, Grow, Ids, Read, register
-from support.oracle import VOCAB, mix, scores
+from support.oracle import VOCAB, draw, mix, scores
 
 
 class BeamToyParams(CommonParams, frozen=True, kw_only=True):
@@ -224,3 +224,50 @@ def rollout_reference(prompt: list[int], spec: Spec, branch: int, depth: int, le
             found.append((score, first))
         tokens.append(found[int(np.argmax([score for score, _ in found]))][1])
     return tokens
+
+
+class ForkToyParams(CommonParams, frozen=True, kw_only=True):
+    """Each token is the largest of `branch` draws."""
+
+    branch: int = 2
+
+
+@register
+class ForkToy(Base):
+    """Forks children of a row in the plan of that row, besides another read of it, and goes on from one of them."""
+
+    params: ClassVar[type[CommonParams]] = ForkToyParams
+
+    def __init__(self, request: Request) -> None:
+        assert isinstance(request.params, ForkToyParams)
+        self.branch, self.length = request.params.branch, request.room
+        self.children: Ids = []
+        self.tokens: list[int] = []
+
+    def footprint(self) -> Footprint:
+        return Footprint(1 + self.branch)
+
+    def probe(self, group: Group, seqs: Ids) -> list[Read]:
+        self.children = group.fresh(self.branch)
+        at = [int(seqs[0])] * self.branch
+        return [Read(Kind.TOPN, seqs, n=1), Read(Kind.SAMPLE, at, self.children, range(1, 1 + self.branch))]
+
+    def advance(self, group: Group, seqs: Ids, reads: list[Any]) -> list[Edit]:
+        drawn = reads[1].token[reads[1].begin : reads[1].begin + self.branch]
+        token = max(drawn)
+        self.tokens.append(token)
+        if len(self.tokens) == self.length:
+            return [Emit(0, [token], [0.0]), Finish(0, "length")]
+        child = self.children[drawn.index(token)]
+        if len(self.tokens) % 2:  # the leaf and the other children are parked, or dropped
+            return [Emit(0, [token], [0.0]), Grow([child], [token], [child])]
+        lost = [int(seqs[0]), *(other for other in self.children if other != child)]
+        return [Emit(0, [token], [0.0]), Grow([child], [token], [child]), Drop(lost)]
+
+
+def fork_reference(tokens: list[int], spec: Spec, branch: int, length: int) -> list[int]:
+    """What ForkToy must return, from the oracle's model alone."""
+    path = list(tokens)
+    for _ in range(length):
+        path.append(max(draw(path, spec, stream) for stream in range(1, 1 + branch)))
+    return path[len(tokens) :]
