@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from pagefork import LLM, BeamSearchParams, ContrastiveSearchParams, MCTSParams, RequestOutput, SamplingParams
 from pagefork.demo.train import sources
-from pagefork.value_functions import VALUE_FUNCTIONS, ValueFunction
+from pagefork.value_functions import VALUE_FUNCTIONS, ValueFunction, parses_as_python
 
 sys.path.insert(0, str(Path(__file__).parent))
 from shared import ROOT, facts
@@ -68,7 +68,7 @@ def strategies(tokens: int) -> dict[str, Row]:
 
 
 def held_out(llm: LLM, count: int, seed: int = 0) -> list[list[int]]:
-    """Beginnings of parts of modules that the demo model did not see."""
+    """Beginnings of parts of modules that the demo model did not see; they are Python, but for where they break off."""
     texts = [text for i, text in enumerate(sources()) if i % 20 == 0]
     tokenizer = llm.engine.tokenizer
     assert tokenizer is not None
@@ -76,9 +76,10 @@ def held_out(llm: LLM, count: int, seed: int = 0) -> list[list[int]]:
     while len(prompts) < count:
         lines = draw.choice(texts).splitlines(keepends=True)
         first = draw.randrange(len(lines))
-        ids = tokenizer.encode("".join(lines[first : first + 30]))
-        if lines[first][:1] not in (" ", "\n") and len(ids) >= PROMPT_TOKENS:
-            prompts.append(ids[:PROMPT_TOKENS])
+        ids = tokenizer.encode("".join(lines[first : first + 30]))[:PROMPT_TOKENS]
+        text = tokenizer.decode(ids)
+        if len(ids) == PROMPT_TOKENS and lines[first][:1] not in (" ", "\n") and parses_as_python()([_Text(text)]) == [1.0]:
+            prompts.append(ids)
     return prompts
 
 
@@ -179,17 +180,23 @@ def _values(
     """Tokens computed, and what each output is worth."""
     before = llm.engine.stats().forward_tokens
     outputs = llm.generate(prompts, list(params), use_tqdm=False)
-    worth = [value([_Whole(output)])[0] for value, output in zip(values, outputs, strict=True)]
+    worth = [value([_whole(output)])[0] for value, output in zip(values, outputs, strict=True)]
     return llm.engine.stats().forward_tokens - before, worth
 
 
-class _Whole:
-    """A complete output as a value function sees a leaf."""
+class _Text(NamedTuple):
+    """A text as a value function sees a leaf."""
 
-    def __init__(self, request: RequestOutput) -> None:
-        best = request.outputs[0]
-        self.prompt_token_ids, self.token_ids, self.text = request.prompt_token_ids, best.token_ids, best.text
-        self.cumulative_logprob, self.finish_reason = best.cumulative_logprob, best.finish_reason
+    text: str
+    token_ids: Sequence[int] = ()
+    cumulative_logprob: float = 0.0
+    prompt_token_ids: Sequence[int] = ()
+    finish_reason: str | None = None
+
+
+def _whole(request: RequestOutput) -> _Text:
+    best = request.outputs[0]
+    return _Text(best.text, best.token_ids, best.cumulative_logprob, request.prompt_token_ids, best.finish_reason)
 
 
 def draw_chart(found: dict[str, Any], path: Path) -> None:
