@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-gpu lint format tables docs wheel bench clean
+.PHONY: help demo test test-long test-gpu planted-bugs lint format tables docs wheel bench clean
 export PYTHONSAFEPATH := 1
 
 VENV := .venv
@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 	$$p -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
 help:  ## say what can be made
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(READY)  ## complete four prompts, forked, in one batch on the demo model
 	@$(VENV)/bin/pagefork demo
@@ -28,6 +28,9 @@ test-long: $(READY)  ## run the tests that take minutes
 
 test-gpu: $(READY)  ## run the tests that need a CUDA device
 	@$(RUN) -m pytest -m gpu
+
+planted-bugs: $(READY)  ## plant bugs in the scheduler, one at a time, and see that tests catch each; takes minutes
+	@$(RUN) tests/planted_bugs.py
 
 lint: $(READY)  ## ruff and mypy --strict
 	$(RUN) -m ruff check .

@@ -132,7 +132,7 @@ class Admission:
     def _rules(self, params: CommonParams) -> StopTexts | None:
         if self._tokenizer is None or not params.needs_text:
             return None
-        return StopTexts(self._tokenizer, params.stop, params.skip_special_tokens)
+        return StopTexts(self._tokenizer, params.stop, params.skip_special_tokens, params.include_stop_str_in_output)
 
     def _spec(self, request_id: str, prompt_len: int, params: CommonParams, end_ids: frozenset[int]) -> Spec:
         own = params.drawing()

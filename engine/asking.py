@@ -35,7 +35,8 @@ class _Call:
     def run(self, finished: SimpleQueue[_Call]) -> None:
         """Everything of the user's happens here: calling his function, and reading what it returned."""
         try:
-            self.found = _numbers(self.ask.function(self.ask.items), len(self.ask.items))
+            count = len(self.ask.items)
+            self.found = _numbers(self.ask.function(self.ask.items), count)
         except _Refused as error:
             self.found = self.failed(f"returned {error}; it must return one finite number for each item that it is given")
         except BaseException as error:  # noqa: BLE001 - an exit or an interrupt of his ends his request and nothing else

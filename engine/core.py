@@ -64,7 +64,7 @@ class LLMEngine:
         self._pieces = Pieces(self.tokenizer)
         self._processors: dict[str, OutputProcessor] = {}
         self._undelivered: list[RequestOutput] = []
-        self._owner: int | None = None
+        self._owner: threading.Thread | None = None
         self._stepping = False
 
     def add_request(self, request_id: str, prompt: Prompt, params: CommonParams, priority: int = 0) -> None:
@@ -179,10 +179,10 @@ class LLMEngine:
 
     def _enter(self) -> None:
         """Refuse whoever would change the engine from another thread or in the middle of a step."""
-        me = threading.get_ident()
+        me = threading.current_thread()
         if self._owner is None:
             self._owner = me
-        elif self._owner != me:
+        elif self._owner is not me:
             raise EngineMisuseError("an LLMEngine belongs to the thread that used it first; call it from that thread only")
         if self._stepping:
             raise EngineMisuseError("the engine was called from inside its own step; wait until step() has returned")

@@ -70,6 +70,8 @@ class LogitsProcessors:
         try:
             for processor in processors:
                 logits = self._checked(processor(prompt, output, logits))
+            if not bool((logits < torch.inf).all()):
+                raise ValueError("it returned NaN or +inf")
             target.copy_(logits)
         except KeyboardInterrupt:
             raise

@@ -15,8 +15,11 @@ class _State(NamedTuple):
 class StopTexts:
     """The scheduler's TextRules for one request. States are immutable, so forked sequences share them."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: list[str], skip_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: list[str], skip_special_tokens: bool, include_stop_str_in_output: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
+        self._kept = include_stop_str_in_output
         self._stop = stop
         self._skip = skip_special_tokens
         self._keep = max((len(text) for text in stop), default=1) - 1
@@ -32,9 +35,14 @@ class StopTexts:
         found = first_stop(tail, self._stop, after=len(state.tail))
         return _State(detok, tail[max(0, len(tail) - self._keep) :]), found[1] if found else None
 
-    def text(self, tokens: list[int]) -> str:
-        """The text of generated tokens."""
-        return self._tokenizer.decode(tokens, self._skip)
+    def text(self, tokens: list[int], stop: int | str | None = None) -> str:
+        """The text of generated tokens, as an output shows it that ended for the stop reason `stop`."""
+        text = self._tokenizer.decode(tokens, self._skip)
+        if not isinstance(stop, str):
+            return text
+        before = self._tokenizer.decode(tokens[:-1], self._skip)  # what came earlier ended nothing
+        start = text.find(stop, max(0, len(before) - len(stop) + 1))
+        return text if start < 0 else text[: start + (len(stop) if self._kept else 0)]
 
 
 def first_stop(text: str, stop: list[str], after: int = 0) -> tuple[int, str] | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
-
 import msgspec
 import numpy as np
 
@@ -11,7 +9,7 @@ from .accounting import Trace, Usage
 from .errors import PageforkError
 from .group import Group, State, append_each
 from .kv_manager import KVManager
-from .plan import Bools, Ints, ints
+from .plan import Bools, Ints, flat, ints
 from .scoring import Scored
 from .sequences import tally
 from .slots import Slots
@@ -48,6 +46,7 @@ class Editor:
         self._reads: list[Ids] = []  # what was read and may have to be parked
         self._grown: list[Ids] = []
         self._drops: list[Ids] = []
+        self._lost: list[tuple[Group, int]] = []  # how many sequences each group drops
 
     def apply(self, group: Group, edits: list[Edit], update: Update, read: Ids = (), children: Ids = ()) -> None:
         """Take what a group's strategy decided after `read` was read, and read for `children` too.
@@ -66,7 +65,8 @@ class Editor:
             elif isinstance(edit, Grow):
                 grows.append(edit)
             elif isinstance(edit, Drop):
-                drops.append(edit.seqs)
+                if len(edit.seqs):
+                    drops.append(edit.seqs)
             elif isinstance(edit, Finish):
                 group.unfinished.discard(edit.index)
                 update.events.append(edit)
@@ -87,9 +87,17 @@ class Editor:
             if grow.text is not None:
                 group.text.update(zip(map(int, grow.dst), grow.text, strict=True))
         if drops or not pipelined or not grows:
-            self._reads += [read, children]
-            self._grown += [grow.dst for grow in grows if grow.run]
-            self._drops += drops
+            self._let_go(group, grows, drops, [read, children] if len(children) else [read])
+
+    def _let_go(self, group: Group, grows: list[Grow], drops: list[Ids], reads: list[Ids]) -> None:
+        """What was read and is not grown, and what is dropped."""
+        self._reads += reads
+        for grow in grows:
+            if grow.run:
+                self._grown.append(grow.dst)
+        for drop in drops:
+            self._drops.append(drop)
+            self._lost.append((group, len(drop)))
 
     def _check(self, group: Group, grows: list[Grow], drops: list[Ids], asks: list[Ask], read: Ids) -> None:
         if len(asks) + group.asked > 1:
@@ -141,19 +149,26 @@ class Editor:
         table.known[dst] += 1
         table.last[dst] = tokens
         table.node[dst] = append_each(trees, counts, table.node[src], tokens) if len(dst) else ints()
-        table.run[dst] = np.repeat([grow.run for _, grow in part], counts)
+        wanted = fresh | (table.slot[dst] < 0)
+        if (runs := [grow.run for _, grow in part]).count(True) == len(part):
+            table.run[dst] = True
+        else:
+            table.run[dst] = run = np.repeat(runs, counts)
+            wanted &= run
         # A group that was preempted with a read in flight gets its slots when it is back.
-        wanted = np.repeat([grow.run and group.state is State.RUNNING for group, grow in part], counts)
-        wanted &= fresh | (table.slot[dst] < 0)
+        if (here := [group.state is State.RUNNING for group, _ in part]).count(True) < len(part):
+            wanted &= np.repeat(here, counts)
         return table.slot[src[wanted]], dst[wanted]
 
     def _fork(self, part: list[tuple[Group, Grow]], counts: list[int], src: Ints, dst: Ints, fresh: Bools) -> None:
         table = self._kv.table
+        forked = np.concatenate(([0], np.cumsum(fresh)))
         streams = table.stream[src]
-        end = 0
-        for (group, grow), count in zip(part, counts, strict=True):
+        end, before = 0, 0
+        for (group, grow), count, after in zip(part, counts, forked[np.cumsum(counts)].tolist(), strict=True):
             begin, end = end, end + count
-            group.usage.forks += int(np.count_nonzero(fresh[begin:end]))
+            group.usage.forks += after - before
+            before = after
             if grow.stream is not None:
                 streams[begin:end] = grow.stream
         self._kv.fork(src[fresh], dst[fresh])
@@ -167,28 +182,24 @@ class Editor:
         idle[flat(self._reads)] = True
         idle[flat(self._grown)] = False
         idle[dropped] = False
-        parked = np.flatnonzero(idle)
-        table.run[parked] = False
-        self._slots.close(ints(parked))
+        parked = ints(np.flatnonzero(idle))
+        if len(parked):
+            table.run[parked] = False
+            self._slots.close(parked)
         self._reads, self._grown, self._drops = [], [], []
         if not len(dropped):
             return
         self._slots.close(dropped)
-        for number, count in tally(table.group[dropped]):
-            group = self._groups[number]
+        lost, self._lost = self._lost, []
+        for group, count in lost:
             group.live -= count
             if group.text:
-                group.text = {seq: state for seq, state in group.text.items() if seq not in set(dropped.tolist())}
-        for number, count in tally(self._kv.drop(dropped)):
+                gone = set(dropped.tolist())
+                group.text = {seq: state for seq, state in group.text.items() if seq not in gone}
+        freed = self._kv.drop(dropped)
+        for number, count in tally(freed) if len(freed) else ():
             if self._groups[number].unfinished:
                 self._groups[number].usage.blocks_freed += count
-
-
-def flat(parts: list[Ids]) -> Ints:
-    """Lists and arrays of ids, one after another."""
-    if any(type(part) is np.ndarray for part in parts):
-        return np.concatenate(parts, dtype=np.int32, casting="unsafe")
-    return ints(list(chain.from_iterable(parts)))
 
 
 def fork_now(kv: KVManager, slots: Slots, group: Group, read: Read) -> list[int]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from .errors import InvalidRequestError, KVExhaustedError, NoTokenError, NumericError, PageforkError, StepFailedError
 from .group import Group
+from .params import CommonParams
 
 
 def described(error: BaseException) -> str:
     """Type and message of an error, which may be one of a user's own whose text can't be made."""
     try:
         return f"{type(error).__name__}: {error}"
-    except Exception:  # noqa: BLE001
+    except BaseException:  # noqa: BLE001
         return type(error).__name__
 
 
@@ -39,14 +40,14 @@ def exhausted(group: Group, num_blocks: int, block_size: int) -> PageforkError:
     """The whole cache was too small."""
     return KVExhaustedError(
         f"request {group.request.id!r} filled the whole cache ({num_blocks} blocks of {block_size} tokens) and could not go on: "
-        "raise num_blocks or kv_cache_memory, or lower n, best_of, the width or max_tokens"
+        f"raise num_blocks or kv_cache_memory, or lower {group.request.params.widened_by} or max_tokens"
     )
 
 
-def too_wide(width: int, allowed: int, setting: str) -> InvalidRequestError:
+def too_wide(width: int, params: CommonParams, allowed: int, setting: str) -> InvalidRequestError:
     """More sequences at once than can ever run."""
     return InvalidRequestError(
-        f"{width} sequences at once were asked for; {setting} allows {allowed}: lower n, best_of or the width, or raise it"
+        f"{width} sequences at once were asked for; {setting} allows {allowed}: lower {params.widened_by}, or raise it"
     )
 
 

@@ -130,17 +130,15 @@ class Group:
         self.needed = 0
         self._sequences = sequences
 
-    def fresh(self, count: int) -> list[int] | Ints:
-        """Ids for `count` new sequences, to be the dst of a Grow or the seqs of a Read: a list of few, an array of many."""
-        ids = self._sequences.allocate(count)
-        self._sequences.group[ids] = self.number
+    def fresh(self, count: int) -> list[int]:
+        """Ids for `count` new sequences, to be the dst of a Grow or the seqs of a Read."""
         self.live += count
-        return ids.tolist() if count <= _SHORT else ids
+        return self._sequences.allocate(count, self.number)
 
     def root(self) -> int:
         """The first sequence, which knows the prompt."""
         table, prompt = self._sequences, self.request.prompt
-        root = int(self.fresh(1)[0])
+        (root,) = self.fresh(1)
         table.known[root] = len(prompt)
         table.last[root] = prompt[-1]
         table.limit[root] = self.request.limit

@@ -7,39 +7,43 @@ import numpy as np
 from .accounting import Trace
 from .group import Group
 from .kv_manager import KVManager, Written
-from .plan import Ints
 from .planning import Chosen
-from .sequences import tally
+from .sequences import edges, tally
 
 
 def count(chosen: Chosen, written: Written, kv: KVManager, groups: dict[int, Group]) -> list[Group]:
     """Add the rows of a step, and the blocks copied for it, to the usage of their groups; who these are."""
     table = kv.table
-    numbers, group_of = np.unique(table.group[chosen.seqs], return_inverse=True)
-    tokens = np.bincount(group_of, chosen.end - chosen.start).astype(np.int64).tolist()
-    found = [groups[number] for number in numbers.tolist()]
-    several = False
-    for group, computed in zip(found, tokens, strict=True):
-        group.flights += 1
+    owners = table.group[chosen.seqs]
+    begins = edges(owners)[:-1]
+    tokens = np.add.reduceat(chosen.end - chosen.start, begins).tolist()
+    found = {}
+    for number, computed in zip(owners[begins].tolist(), tokens, strict=True):
+        group = found[number] = groups[number]
         group.usage.forward_tokens += computed
-        several |= group.live > 1
+    several = {}
+    for number, group in found.items():
+        group.flights += 1
+        if group.live > 1:
+            several[number] = group
     if len(written.src):
         for number, copied in tally(table.group[written.seq[: len(written.src)]]):
             groups[number].usage.blocks_copied += copied
     if several:
-        _measure_sharing(numbers, found, kv)
-    return found
+        _measure_sharing(several, kv)
+    return list(found.values())
 
 
-def _measure_sharing(numbers: Ints, groups: list[Group], kv: KVManager) -> None:
+def _measure_sharing(groups: dict[int, Group], kv: KVManager) -> None:
     """Measure what groups share that would hold an eighth more blocks than when they were last measured, if they did not."""
-    table = kv.table
+    table, numbers = kv.table, np.array(sorted(groups), np.int32)
     seqs = np.flatnonzero(table.alive)
     owners = table.group[seqs]
     place = np.minimum(np.searchsorted(numbers, owners), len(numbers) - 1)
     entries = np.bincount(place, (table.trunk + table.cols)[seqs] * (numbers[place] == owners), len(numbers))
-    for group, held in zip(groups, entries.tolist(), strict=True):
-        if group.live > 1 and held > group.measured * 9 / 8:
+    for number, held in zip(numbers.tolist(), entries.tolist(), strict=True):
+        group = groups[number]
+        if held > group.measured * 9 / 8:
             group.usage.shared_block_ratio, group.measured = kv.group_ratio(group), int(held)
 
 

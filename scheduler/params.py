@@ -101,9 +101,10 @@ class CommonParams(Checked, frozen=True, kw_only=True):
         | None
     ) = None
     logits_processors: Sequence[LogitsProcessor] | None = None
-    trace: Annotated[bool, Meta(description="Report how the outputs came about, when they are complete")] = False
+    trace: Annotated[bool, Meta(description="Report how a search came to its outputs, and what they cost")] = False
 
     needs_hidden_states: ClassVar[bool] = False
+    widened_by: ClassVar[str] = "its width"  # the parameters that decide how many sequences run at once
     error: ClassVar[type[PageforkError]] = ParameterError
     foreign: ClassVar[dict[str, str]] = FOREIGN_NAMES
     noun: ClassVar[str] = "parameter"
@@ -155,6 +156,8 @@ class SamplingParams(CommonParams, frozen=True, kw_only=True, tag="sampling"):
     Order of the logits pipeline: bans, logit_bias, penalties, logits_processors, temperature, top_k, top_p, min_p, draw.
     Raises ParameterError (a ValueError) for anything that can't be honoured.
     """
+
+    widened_by: ClassVar[str] = "n or best_of"
 
     n: Annotated[int, Meta(ge=1, description="Outputs per prompt; they share the prompt's cache blocks")] = 1
     best_of: Annotated[int, Meta(ge=1, description="Generate this many, return the n best")] | None = None

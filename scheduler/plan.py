@@ -12,7 +12,9 @@ Shapes: R rows, T tokens, P probe entries, G runs of rows that share leading blo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
+from itertools import chain
 from typing import Any, Protocol
 
 import msgspec
@@ -29,6 +31,13 @@ LAST_TOKEN = -1  # in Rows.tokens: the token that this slot drew last, which onl
 
 def ints(values: Any = ()) -> Ints:
     return np.asarray(values, np.int32)
+
+
+def flat(parts: Sequence[Sequence[Any] | NDArray[Any]], dtype: Any = np.int32) -> NDArray[Any]:
+    """Lists and arrays, one after another."""
+    if any(type(part) is np.ndarray for part in parts):
+        return np.concatenate(parts, dtype=dtype, casting="unsafe")
+    return np.array(list(chain.from_iterable(parts)), dtype)
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True):

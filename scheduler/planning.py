@@ -10,9 +10,10 @@ from .group import Group
 from .kv_manager import KVManager, Written
 from .plan import LAST_TOKEN, Copies, Ints, Opens, Plan, Rows, Spec, Tables, ints
 from .probing import ProbeTable
-from .sequences import within
+from .sequences import edges, within
 from .slots import Slots
 
+_NO_RUNS: Ints = np.empty((0, 3), np.int32)
 _NO_OPENS = Opens(ints(), ints(), np.empty(0, np.int64), ints(), ints(), ints())
 
 
@@ -50,11 +51,14 @@ def tokens_of(chosen: Chosen, kv: KVManager, groups: dict[int, Group]) -> tuple[
 def shared_runs(chosen: Chosen, kv: KVManager) -> Ints:
     """Rows.trunk: runs of at least two neighbouring rows of a group whose trunk is not empty."""
     groups = kv.table.group[chosen.seqs]
-    edges = np.flatnonzero(np.diff(groups, prepend=-1, append=-1))
-    first, count = edges[:-1], np.diff(edges)
-    blocks = kv.table.trunk[chosen.seqs[first]] if len(first) else first
-    keep = (count > 1) & (blocks > 0)
-    return ints(np.stack([first[keep], count[keep], blocks[keep]], axis=1))
+    bounds = ints(edges(groups))
+    first, count = bounds[:-1], bounds[1:] - bounds[:-1]
+    several = count > 1
+    if not several.any():
+        return _NO_RUNS
+    blocks = kv.table.trunk[chosen.seqs[first]]
+    keep = several & (blocks > 0)
+    return np.stack([first[keep], count[keep], blocks[keep]], axis=1)
 
 
 def opening(seqs: Ints, kv: KVManager, groups: dict[int, Group]) -> tuple[Opens, list[Spec], Tables]:

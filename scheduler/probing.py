@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from .edits import fork_now
 from .group import Group
 from .kv_manager import KVManager
-from .plan import Ints, Kind, Probe, ints
+from .plan import Ints, Kind, Probe, flat, ints
+from .sequences import edges
 from .slots import Slots
 from .strategies.base import Ids, Read
 
@@ -20,7 +21,10 @@ _NARROW = 64  # up to this width a group's sequences are given as a list: arrays
 
 
 class Cut(NamedTuple):
-    """Where one Read stands: entries [begin, end) of a probe, and rows [first, last) of what it finds, n columns wide."""
+    """Where one Read stands: entries [begin, end) of a probe, and rows [first, last) of what it finds, n columns wide.
+
+    merged: it is a MERGE of one group.
+    """
 
     probe: int
     begin: int
@@ -28,6 +32,7 @@ class Cut(NamedTuple):
     n: int
     first: int
     last: int
+    merged: bool = False
 
 
 # What one group reads in a step: for which sequences, off how many rows, where each of its Reads stands, and which
@@ -57,17 +62,15 @@ class Entries:
         return np.concatenate([*self._arrays, ints(self._list)])
 
 
-_SAMPLE = Kind.SAMPLE
-_OPTIONAL = ("window", "bias")
-_Key = tuple[int, bool, int, tuple[str, ...]]
+_Key = tuple[int, bool, int, bool, bool]
+_MERGE = int(Kind.MERGE)
+_SAMPLES: _Key = (int(Kind.SAMPLE), False, 0, True, True)
 
 
 class _Collected:
     """The Reads that go into one probe: of one kind, with the same optional fields."""
 
-    def __init__(self, kind: Kind, fields: tuple[str, ...], probe: int) -> None:
-        self.kind = kind
-        self.fields = fields
+    def __init__(self, probe: int) -> None:
         self.probe = probe
         self.groups = 0
         self.at = Entries()
@@ -75,17 +78,25 @@ class _Collected:
         self.reads: list[Read] = []
 
     def table(self, kv: KVManager, offset: Ints) -> Probe:
-        at, reads = self.at.array(), self.reads
-        seqs = at.copy()
-        for begin, end, forked in self.forks:
-            seqs[begin:end] = forked
-        extra: dict[str, Any] = {name: np.concatenate([getattr(read, name) for read in reads]) for name in self.fields}
-        if reads[0].groups is not None:
-            begins = np.cumsum([0, *(len(read.at) for read in reads)])
-            parts = [read.groups[1:] + begin for read, begin in zip(reads, begins, strict=False) if read.groups is not None]
-            extra["groups"] = ints(np.concatenate([[0], *parts]))
-        n = max(read.n for read in reads)
-        return Probe(self.kind, offset[kv.table.row[at] + 1] - 1, kv.table.slot[seqs], n, reads[0].processed, **extra)
+        at, reads, first = self.at.array(), self.reads, self.reads[0]
+        seqs = at
+        if self.forks:
+            seqs = at.copy()
+            for begin, end, forked in self.forks:
+                seqs[begin:end] = forked
+        probe = Probe(first.kind, offset[kv.table.row[at] + 1] - 1, kv.table.slot[seqs], first.n, first.processed)
+        if first.window is not None:
+            probe.window = flat([read.window for read in reads if read.window is not None])
+        if first.kind is Kind.MERGE:
+            probe.bias = flat([read.bias for read in reads if read.bias is not None], np.float32)
+            bounds = [0]
+            for read in reads:
+                begin = bounds[-1]
+                bounds += [begin + len(read.at)] if read.groups is None else [begin + edge for edge in read.groups[1:]]
+            probe.groups = ints(bounds)
+        else:
+            probe.n = max(read.n for read in reads)
+        return probe
 
 
 class ProbeTable:
@@ -97,22 +108,24 @@ class ProbeTable:
 
     def add(self, read: Read) -> Cut:
         """Where the read's entries stand."""
-        fields = () if read.kind is _SAMPLE else tuple(name for name in _OPTIONAL if getattr(read, name) is not None)
+        groups, n = read.groups, read.n
+        kind = int(read.kind)
+        merge = kind == _MERGE
         # Searches of one width are merged together: the columns of a wide one are not spent on narrow ones.
-        key = (int(read.kind), read.processed, read.n if read.groups is not None else 0, fields)
+        key = (kind, read.processed, n if merge else 0, groups is None, read.window is None) if kind else _SAMPLES
         collected = self._found.get(key)
         if collected is None:
-            collected = self._found[key] = _Collected(read.kind, fields, len(self._order))
+            collected = self._found[key] = _Collected(len(self._order))
             self._order.append(collected)
         collected.reads.append(read)
         begin, end = collected.at.add(read.at)
         if read.seqs is not None:
             collected.forks.append((begin, end, read.seqs))
-        if read.groups is None:
-            return Cut(collected.probe, begin, end, read.n, begin, end)
+        if not merge:
+            return Cut(collected.probe, begin, end, n, begin, end)
         first = collected.groups
-        collected.groups += len(read.groups) - 1
-        return Cut(collected.probe, begin, end, read.n, first, collected.groups)
+        collected.groups = last = first + (1 if groups is None else len(groups) - 1)
+        return Cut(collected.probe, begin, end, n, first, last, groups is None)
 
     def probes(self, kv: KVManager, offset: Ints) -> list[Probe]:
         return [collected.table(kv, offset) for collected in self._order]
@@ -136,13 +149,13 @@ def ask(chosen: Chosen, groups: dict[int, Group], kv: KVManager, slots: Slots, p
     target = table.known[chosen.seqs] + table.pending[chosen.seqs]
     complete = chosen.seqs[(chosen.end == target) & (table.probed[chosen.seqs] < target)]
     owners = table.group[complete]
-    edges = np.flatnonzero(np.diff(owners, prepend=-1, append=-1)).tolist()
-    ids, numbers = complete.tolist(), owners[edges[:-1]].tolist()
+    bounds = edges(owners)
+    ids, numbers = complete.tolist(), owners[bounds[:-1]].tolist() if len(owners) else []
     segments: list[Segment] = []
     read_for = Entries()
     children: list[int] = []
     broken: list[tuple[Group, BaseException]] = []
-    for number, begin, end in zip(numbers, edges, edges[1:], strict=False):
+    for number, begin, end in zip(numbers, bounds, bounds[1:], strict=False):
         group = groups[number]
         try:
             reads = group.strategy.probe(group, ids[begin:end] if end - begin < _NARROW else complete[begin:end])

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .group import Group
-from .plan import Ints, Longs, Reads, ints
+from .plan import Ints, Longs, Reads, flat
 from .probing import Cut, Segment
 from .scoring import Part
-from .strategies.base import Ids, Samples
+from .strategies.base import Ids, Merged, Samples
 
 _FIELDS = ("token", "logp", "rank", "top_id", "top_logp", "top_p", "top_rank", "parent", "score", "sim")
 
@@ -29,15 +29,22 @@ class Flight(NamedTuple):
     segments: list[Segment]
     scores: list[Part]  # entries of the last probe
     groups: list[Group]
+    bounds: list[Ints | None]  # Probe.groups of each probe
 
 
 class Reading:
-    """The reads of one Result. SAMPLE reads become lists once, since most groups sample one or few sequences."""
+    """The reads of one Result.
 
-    def __init__(self, reads: list[Reads]) -> None:
+    SAMPLE, and MERGE of one group, become lists once for all, since most groups have one or few sequences.
+    `bounds`: Probe.groups of each.
+    """
+
+    def __init__(self, reads: list[Reads], bounds: list[Ints | None]) -> None:
         self._reads = reads
+        self._bounds = bounds
         self.any_bad = any(bool(read.bad.any()) for read in reads)
         self._columns: dict[int, list[tuple[str, Any]]] = {}  # by probe: the fields that it has
+        self._merged: dict[int, list[list[Any]]] = {}  # by probe: the columns of Merged
         self._samples: dict[int, tuple[list[int], list[float], list[int]]] = {}
         for index, read in enumerate(reads):
             if read.token is not None:
@@ -53,12 +60,12 @@ class Reading:
         return next(iter(why for part in parts if (why := first_why(self._reads[part.probe], part.begin, part.end))), None)
 
     def of(self, parts: list[Cut], keep: list[int] | None = None) -> list[Any]:
-        """One item per part, Samples or Reads; `keep` are the positions of entries that still count."""
+        """One item per part, Samples, Merged or Reads; `keep` are the positions of entries that still count."""
         found: list[Any] = []
         for part in parts:
             columns = self._samples.get(part.probe)
             if columns is None:
-                found.append(self._cut(part, keep))
+                found.append(self._merge(part) if part.merged else self._cut(part, keep))
             elif keep is None:
                 found.append(Samples(part.begin, *columns))
             else:
@@ -66,6 +73,19 @@ class Reading:
                 at = [part.begin + i for i in keep]
                 found.append(Samples(0, [token[i] for i in at], [logp[i] for i in at], [rank[i] for i in at]))
         return found
+
+    def _merge(self, part: Cut) -> Merged:
+        columns = self._merged.get(part.probe)
+        if columns is None:
+            read, bounds = self._reads[part.probe], self._bounds[part.probe]
+            assert read.parent is not None and bounds is not None
+            parent = np.maximum(read.parent - bounds[:-1, None], -1)
+            arrays: list[Any] = [parent, read.top_id, read.score, read.top_logp]
+            ranks = [None] * len(parent) if read.top_rank is None else read.top_rank.tolist()
+            columns = self._merged[part.probe] = [*(array.tolist() for array in arrays), ranks]
+        parents, tokens, scores, logps, ranks = columns
+        row = part.first
+        return Merged(parents[row], tokens[row], scores[row], logps[row], ranks[row])
 
     def _cut(self, part: Cut, keep: list[int] | None) -> Reads:
         found = self._columns.get(part.probe)
@@ -98,11 +118,10 @@ def generation(group: Group) -> tuple[Ids, list[Any], list[int]]:
     """
     held, group.held = group.held, []
     if len(held) == 1:
-        seqs, reads, children = held[0]
-        return ints(seqs), reads, children
+        return held[0]
     counts = [len(seqs) for seqs, _, _ in held]
     reads = [join(parts, counts) for parts in zip(*(part for _, part, _ in held), strict=True)]
-    return np.concatenate([ints(seqs) for seqs, _, _ in held]), reads, [child for _, _, forked in held for child in forked]
+    return flat([seqs for seqs, _, _ in held]), reads, [child for _, _, forked in held for child in forked]
 
 
 def join(parts: Sequence[Any], counts: list[int]) -> Any:
@@ -112,8 +131,19 @@ def join(parts: Sequence[Any], counts: list[int]) -> Any:
     if isinstance(parts[0], Samples):
         at = [(part, i) for part, count in zip(parts, counts, strict=True) for i in range(part.begin, part.begin + count)]
         return Samples(0, [part.token[i] for part, i in at], [part.logp[i] for part, i in at], [part.rank[i] for part, i in at])
+    begins = np.cumsum([0, *counts]).tolist()
+    if isinstance(parts[0], Merged):
+        whole = Merged([], [], [], [], None if parts[0].rank is None else [])
+        for part, begin in zip(parts, begins, strict=False):
+            whole.parent += [-1 if parent < 0 else parent + begin for parent in part.parent]
+            whole.token += part.token
+            whole.score += part.score
+            whole.logp += part.logp
+            if whole.rank is not None:
+                whole.rank += part.rank or ()
+        return whole
     if parts[0].parent is not None:
-        for part, begin in zip(parts, np.cumsum([0, *counts]), strict=False):
+        for part, begin in zip(parts, begins, strict=False):
             part.parent = np.where(part.parent < 0, -1, part.parent + begin)
     return joined(parts)
 

@@ -18,8 +18,8 @@ class TextRules(Protocol):
     def check(self, state: Any, token: int) -> tuple[Any, str | None]:
         """The state after `token`, and the stop text that it completes, if any."""
 
-    def text(self, tokens: list[int]) -> str:
-        """The text of generated tokens."""
+    def text(self, tokens: list[int], stop: int | str | None = None) -> str:
+        """The text of generated tokens, as an output shows it that ended for the stop reason `stop`."""
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from .planning import Chosen
 from .policy import WaitingQueue
 from .reading import Flight
 from .resuming import Resuming
+from .sequences import edges
 from .slots import Slots
 
 
@@ -88,7 +89,8 @@ class Residents:
         """Evict parked sequences, youngest group first, until `wanted` blocks are free; whether any went."""
         before = self.kv.pool.free
         for group in sorted(self.running.values(), key=lambda group: group.order, reverse=True):
-            for seq in group.strategy.shed(group):
+            parked = ints(group.strategy.shed(group))
+            for seq in parked[self.kv.table.cols[parked] > 0].tolist():
                 if self.kv.pool.free >= wanted:
                     return True
                 self.kv.evict(group, ints([seq]))
@@ -181,8 +183,7 @@ class Residents:
         table.computed[seqs] = flight.ends[held]
         filled = seqs[table.computed[seqs] // self.kv.block_size > table.published[seqs]]
         owners = table.group[filled]
-        edges = np.flatnonzero(np.diff(owners, prepend=-1, append=-1)).tolist()
-        for begin, end in itertools.pairwise(edges):
+        for begin, end in itertools.pairwise(edges(owners)):
             self.kv.publish(groups[int(owners[begin])], filled[begin:end].tolist())
         self._resuming.follow(self.running)
 

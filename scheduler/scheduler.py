@@ -65,7 +65,7 @@ class Scheduler:
         width = strategy.footprint().width
         if width > self.residents.max_width:
             setting = "max_num_seqs" if self.max_num_seqs == self.residents.max_width else "max_num_batched_tokens"
-            raise endings.too_wide(width, self.residents.max_width, setting)
+            raise endings.too_wide(width, request.params, self.residents.max_width, setting)
         blocks = -(-len(request.prompt) // self.block_size) + width
         if blocks > self.num_blocks - 1:
             raise endings.too_large(len(request.prompt), width, blocks, self.num_blocks - 1, self.block_size)
@@ -156,7 +156,10 @@ class Scheduler:
         groups = metering.count(chosen, written, self.kv, self._groups)
         births, eras, ends = table.birth[computed], table.era[computed], table.scheduled[computed]
         read_births = table.birth[seqs]
-        self._flights.append(Flight(plan.step, computed, ends, births, eras, seqs, read_births, asked.segments, scores, groups))
+        bounds = [probe.groups for probe in plan.probes]
+        self._flights.append(
+            Flight(plan.step, computed, ends, births, eras, seqs, read_births, asked.segments, scores, groups, bounds)
+        )
         counters.steps += 1
         counters.forward_tokens += len(plan.rows.tokens)
         counters.forks = self.kv.forks
@@ -168,7 +171,7 @@ class Scheduler:
         if flight.step != result.step:
             raise EngineMisuseError(f"results must come in order: expected those of step {flight.step}, got step {result.step}")
         self.residents.confirm(flight, self._groups)
-        reading = Reading(result.reads)
+        reading = Reading(result.reads, flight.bounds)
         table = self.kv.table
         valid = table.birth[flight.read] == flight.read_births
         all_valid = bool(valid.all())

@@ -22,6 +22,8 @@ class BeamSearchParams(CommonParams, frozen=True, kw_only=True, tag="beam"):
     Raises ParameterError (a ValueError) for anything that can't be honoured.
     """
 
+    widened_by: ClassVar[str] = "beam_width"
+
     beam_width: Annotated[_Width, Meta(description="Sequences that are kept at each step; 1 is greedy")] = 4
     n: Annotated[int, Meta(ge=1, description="Outputs per prompt, the best first; at most beam_width")] = 1
     length_penalty: Annotated[
@@ -66,6 +68,7 @@ class ContrastiveSearchParams(CommonParams, frozen=True, kw_only=True, tag="cont
     """
 
     needs_hidden_states: ClassVar[bool] = True
+    widened_by: ClassVar[str] = "top_k"
 
     top_k: Annotated[int, Meta(ge=1, lt=2**20, description="Candidates per token, each computed in a row of its own")] = 5
     alpha: Annotated[float, Meta(ge=0, le=1, description="Weight of the degeneration penalty; 0: greedy")] = 0.6
@@ -94,6 +97,8 @@ class MCTSParams(CommonParams, frozen=True, kw_only=True, tag="mcts"):
 
     Raises ParameterError (a ValueError) for anything that can't be honoured.
     """
+
+    widened_by: ClassVar[str] = "n or leaf_batch_size"
 
     num_simulations: Annotated[int, Meta(ge=1, lt=2**20, description="Simulations per emitted token")] = 50
     c_puct: Annotated[float, Meta(ge=0, description="Weight of exploration against value")] = 1.0
@@ -130,7 +135,7 @@ class MCTSParams(CommonParams, frozen=True, kw_only=True, tag="mcts"):
     @property
     def width(self) -> int:
         """Sequences that run at once."""
-        return self.n * self.leaf_batch_size
+        return self.n * min(self.leaf_batch_size, self.num_simulations)
 
     def drawing(self) -> dict[str, Any]:
         """The fields of a Spec that say how priors and draws come from logits."""

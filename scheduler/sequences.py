@@ -7,6 +7,7 @@ import numpy as np
 from .plan import Bools, Ints, Longs
 
 NO_CAP = np.iinfo(np.int32).max
+_FEW = 16  # arrays of fewer elements are written one by one
 _FIELDS = [
     ("birth", np.int64), ("era", np.int64), ("stream", np.int64),
     ("group", np.int32), ("slot", np.int32), ("known", np.int32), ("scheduled", np.int32), ("computed", np.int32),
@@ -58,35 +59,37 @@ class Sequences:
     def __init__(self, capacity: int = 256, columns: int = 8) -> None:
         self._rows = np.full(capacity, _BLANK)
         self.tail: Ints = np.zeros((capacity, columns), np.int32)
-        self._free: Ints = np.arange(capacity - 1, -1, -1, dtype=np.int32)  # a stack: the first `_unused` entries
-        self._unused = capacity
+        self._free = list(range(capacity - 1, -1, -1))  # a stack
         self._births = 0
         self._view()
 
     def __len__(self) -> int:
-        return len(self._rows) - self._unused
+        return len(self._rows) - len(self._free)
 
     def _view(self) -> None:
         for name, _ in _FIELDS:
             setattr(self, name, self._rows[name])
         self._raw = self._rows.view(_RAW)  # whole rows are copied many times faster where numpy sees no fields
 
-    def allocate(self, count: int) -> Ints:
-        """`count` ids that live from now on, with no blocks, no slot and nothing known."""
-        while self._unused < count:
+    def allocate(self, count: int, group: int) -> list[int]:
+        """`count` ids that live from now on in a group, with no blocks, no slot and nothing known."""
+        while len(self._free) < count:
             self._grow()
-        self._unused -= count
-        ids = self._free[self._unused : self._unused + count][::-1].copy()
-        self.birth[ids] = np.arange(self._births + 1, self._births + count + 1)
-        self.alive[ids] = True
+        ids, birth = self._free[: -count - 1 : -1], self._births
+        del self._free[len(self._free) - count :]
         self._births += count
+        if count > _FEW:
+            self.birth[ids], self.alive[ids], self.group[ids] = range(birth + 1, self._births + 1), True, group
+            return ids
+        for seq in ids:
+            birth += 1
+            self.birth[seq], self.alive[seq], self.group[seq] = birth, True, group
         return ids
 
     def free(self, ids: Ints) -> None:
         """The ids may be used again; their blocks and slots were released before."""
         self._raw[ids] = _BLANK.view(_RAW)
-        self._free[self._unused : self._unused + len(ids)] = ids
-        self._unused += len(ids)
+        self._free += ids[::-1].tolist()
 
     def fork(self, src: Ints, dst: Ints) -> None:
         """dst become copies of src, sharing their blocks; references, slots and streams are the caller's."""
@@ -118,9 +121,7 @@ class Sequences:
         old = len(self._rows)
         self._rows = np.concatenate([self._rows, np.full_like(self._rows, _BLANK)])
         self.tail = np.concatenate([self.tail, np.zeros_like(self.tail)])
-        free = np.arange(2 * old - 1, old - 1, -1, dtype=np.int32)
-        self._free = np.concatenate([free, self._free[: self._unused], np.zeros(old - self._unused, np.int32)])
-        self._unused += old
+        self._free[:0] = range(2 * old - 1, old - 1, -1)
         self._view()
 
 
@@ -128,6 +129,13 @@ def within(counts: Ints) -> Ints:
     """0, 1, ... count - 1 for each count, one after another."""
     ends = np.cumsum(counts)
     return np.arange(int(ends[-1]) if len(ends) else 0, dtype=np.int32) - np.repeat(ends - counts, counts)
+
+
+def edges(numbers: Ints) -> list[int]:
+    """Where runs of equal numbers begin, and where the last one ends."""
+    if not len(numbers):
+        return [0]
+    return [0, *(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
 
 
 def tally(numbers: Ints) -> list[tuple[int, int]]:

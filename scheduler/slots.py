@@ -19,6 +19,7 @@ class Slots:
         self._free: Ints = np.arange(count - 1, -1, -1, dtype=np.int32)  # a stack: the first `free` entries
         self.free = count
         self._closed = np.zeros(count, np.bool_)
+        self._fresh = np.zeros(count, np.bool_)  # handed out since the last plan: what is to be in them is not there yet
         self._forks: list[tuple[Ints, Ints, Longs]] = []  # source slots, sequences, their births
         self._opens: list[tuple[Ints, Longs]] = []  # sequences, their births
 
@@ -29,8 +30,8 @@ class Slots:
             self._opens.append((seqs, self._table.birth[seqs]))
 
     def fork(self, sources: Ints, dst: Ints) -> None:
-        """A slot for each dst, its state copied from the source slot, or sent where that is -1."""
-        copied = sources >= 0
+        """A slot for each dst, its state copied from the source slot, or sent where that is -1 or has no state yet."""
+        copied = (sources >= 0) & ~self._fresh[sources]
         if not copied.all():
             self.open(dst[~copied])
             sources, dst = sources[copied], dst[copied]
@@ -53,6 +54,7 @@ class Slots:
         self.free -= len(seqs)
         slots = self._free[self.free : self.free + len(seqs)][::-1]
         self._closed[slots] = False
+        self._fresh[slots] = True
         self._table.slot[seqs] = slots
 
     def drain(self) -> tuple[Forks, Ints, Ints]:
@@ -69,6 +71,7 @@ class Slots:
         closes = ints(np.flatnonzero(self._closed))
         self._forks, self._opens = [], []
         self._closed[closes] = False
+        self._fresh[:] = False
         return Forks(sources, self._table.slot[seqs], self._table.stream[seqs]), closes, opens
 
     def _stands(self, seqs: Ints, births: Longs) -> Bools:

@@ -24,12 +24,13 @@ TOP_OF_NEXT, TOP_OF_SEARCH, DEPTH = 12, 8, 2
 DEFAULT_PARAMS = {"max_tokens": 12}  # of a search
 
 
-def meant_for_others(layer: Settings) -> set[str]:
+def meant_for_others(layer: Settings, below: Settings) -> set[str]:
     """What a layer with --next, or with a search, leaves no room for in the layers below it."""
     if layer.get("next") is not None:
-        other = {"strategy", "html", "depth", "value_fn"} | fields_of_others({"strategy": "sample"})
+        other = {"strategy", "html", "depth", "value_fn"} | fields_of_others({"strategy": "sample"}, below)
         return other | NOT_OF_THE_FIRST_TOKEN
-    return fields_of_others(layer) | ({"next"} if "strategy" in layer else set())
+    gone = fields_of_others(layer, below) | ({"next"} if "strategy" in layer else set())
+    return gone | {"depth"} if layer.get("strategy", "mcts") != "mcts" else gone
 
 
 def explain(

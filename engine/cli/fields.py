@@ -48,6 +48,8 @@ def fields_of(struct: type[msgspec.Struct]) -> Iterator[Field]:
 def field_of(name: str, hint: Any, default: Any) -> Field:
     """What an annotation says of a value."""
     kind, metas, optional = _unwrap(hint)
+    if optional and metas and get_origin(hint) is Annotated:
+        hint = Annotated[kind, *metas] | None  # a bound is the number's, not that of None
     description = "".join(meta.description or "" for meta in metas)
     return Field(name, hint, kind, optional, default, description, _bounds(metas))
 

@@ -31,7 +31,7 @@ from pagefork.scheduler.params import PRESETS
 Given = dict[str, Any]
 Structs = dict[str, type[msgspec.Struct]]
 Command = Callable[..., None]
-Rule = Callable[[Settings], Iterable[str]]
+Rule = Callable[[Settings, Settings], Iterable[str]]  # of a layer, and what those below it come to: names to drop from these
 _CONFIG = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Settings by the names of the flags, in TOML; PAGEFORK_<FLAG> and flags win")
 ]
@@ -161,7 +161,7 @@ def _merged(layers: list[Settings], rules: list[Rule]) -> Settings:
     """Later layers win. A preset also wins over what earlier layers say of the settings that it makes."""
     merged: Settings = {}
     for layer in layers:
-        gone = {*PRESETS.get(layer.get("preset", ""), {}), *(name for rule in rules for name in rule(layer))}
+        gone = {*PRESETS.get(layer.get("preset", ""), {}), *(name for rule in rules for name in rule(layer, merged))}
         merged = {key: value for key, value in merged.items() if key not in gone} | layer
     return merged
 

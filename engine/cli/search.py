@@ -59,12 +59,12 @@ def document(engine: LLMEngine, params: CommonParams, output: RequestOutput) -> 
     tokens.update(token for completion in output.outputs for token in completion.token_ids)
     texts = {str(token): engine.tokenizer.decode([token], skip_special_tokens=False) for token in sorted(tokens)}
     settings = {name: getattr(params, name) for name in params.__struct_fields__ if name != "trace"}
-    defaults = {field.name: field.default for field in msgspec.structs.fields(type(params))}
+    usual = type(params)()
     return {
         "strategy": trace.strategy,
         "model": engine.config.model,
         "prompt": output.prompt,
-        "settings": _plain({name: value for name, value in settings.items() if value and value != defaults[name]}),
+        "settings": _plain({name: value for name, value in settings.items() if value != getattr(usual, name)}),
         "outputs": [_plain(completion) for completion in output.outputs],
         "complete": trace.complete,
         "usage": _plain(trace.usage),

@@ -27,13 +27,22 @@ ValueFn = Annotated[
 ]
 
 
-def fields_of_others(layer: Settings) -> set[str]:
-    """The settings that the strategy named in a layer does not have: what lower layers say of them is meant for others."""
-    own = STRATEGIES.get(layer.get("strategy", ""))
+# Settings of one name that mean something else to each strategy.
+OF_ITS_OWN = {"n", "temperature", "top_k"}
+
+
+def fields_of_others(layer: Settings, below: Settings) -> set[str]:
+    """What the layers below are to forget where a layer names a strategy: settings that it does not have.
+
+    Where they were meant for another strategy also those that mean something else to this one.
+    """
+    name = layer.get("strategy")
+    own = STRATEGIES.get(name or "")
     if own is None:
         return set()
     every = {name for struct in STRATEGIES.values() for name in struct.__struct_fields__}
-    return every.difference(own.__struct_fields__) | (set() if own is SamplingParams else {"preset"})
+    gone = every.difference(own.__struct_fields__) | (set() if own is SamplingParams else {"preset"})
+    return gone if below.get("strategy", "sample") == name else gone | OF_ITS_OWN
 
 
 def sampling_params(preset: str | None, given: Given) -> SamplingParams:

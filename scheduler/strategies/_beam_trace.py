@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import msgspec
-import numpy as np
+from collections.abc import Sequence
 
-from ..plan import Floats, Longs
+import msgspec
+
 from ._hypotheses import Nodes, Search
 
 _TRACED = 10_000  # entries of a trace
@@ -34,21 +34,24 @@ class Recorder:
     def __init__(self, groups: int) -> None:
         self.steps: list[BeamStep] = []
         self._room = _TRACED
-        self._entries = [np.full(1, -1)] * groups  # where each group's beams are in the lists of the last step
+        self._entries = [[-1]] * groups  # where each group's beams are in the lists of the last step
 
-    def add(self, step: BeamStep, group: int, search: Search, before: Floats, found: Nodes, run: Longs) -> None:
+    def add(self, step: BeamStep, group: int, search: Search, before: list[float], found: Nodes, run: Sequence[int]) -> None:
         """The candidates of a group; `before` are the scores of its beams, `run` the candidates that run on."""
         count = len(found.token)
-        fate = np.full(count, "pruned", "U8")
-        fate[run], fate[search.ended] = "kept", "finished"
+        fate = ["pruned"] * count
+        for index in run:
+            fate[index] = "kept"
+        for index in search.ended:
+            fate[index] = "finished"
         first = len(step.token)
-        step.parent += self._entries[group][found.parent].tolist()
+        step.parent += [self._entries[group][parent] for parent in found.parent]
         step.group += [group] * count
-        step.token += found.token.tolist()
-        step.logprob += (found.score - before[found.parent]).tolist()
-        step.cumulative += found.score.tolist()
-        step.fate += fate.tolist()
-        self._entries[group] = first + run
+        step.token += found.token
+        step.logprob += [score - before[parent] for score, parent in zip(found.score, found.parent, strict=True)]
+        step.cumulative += found.score
+        step.fate += fate
+        self._entries[group] = [first + index for index in run]
 
     def end(self, step: BeamStep) -> bool:
         """Keep the step unless it is too much; whether it was kept. Without it those after it would have no parents."""

@@ -101,8 +101,8 @@ class Read(msgspec.Struct):
     """A Probe in terms of sequences: read at the last position of `at[i]`, on behalf of `seqs[i]`.
 
     `seqs` defaults to `at`. Ids in it that were just made by Group.fresh are forked from `at[i]` in the
-    same plan, with `stream[i]`: several draws from one forward. `groups` are offsets into `at`, from 0 to its length; the
-    order of `at` is the strategy's to choose, and breaks ties of MERGE.
+    same plan, with `stream[i]`: several draws from one forward. MERGE takes all of `at` as one group, or several:
+    `groups` are their offsets into `at`, from 0 to its length. The order of `at` is the strategy's to choose, and breaks ties.
     """
 
     kind: Kind
@@ -112,8 +112,8 @@ class Read(msgspec.Struct):
     n: int = 0
     processed: bool = False
     window: Ints | None = None
-    groups: Ints | None = None
-    bias: Floats | None = None
+    groups: Sequence[int] | None = None
+    bias: Sequence[float] | Floats | None = None
 
 
 class Samples(msgspec.Struct, gc=False):
@@ -126,6 +126,19 @@ class Samples(msgspec.Struct, gc=False):
     token: list[int]
     logp: list[float]
     rank: list[int]
+
+
+class Merged(msgspec.Struct, gc=False):
+    """The reads of a MERGE without `groups`: the n best pairs, best first; parents and tokens are -1 where there are fewer.
+
+    Where the rows took several steps, those of each step one after another. rank: where a spec asks for it.
+    """
+
+    parent: list[int]
+    token: list[int]
+    score: list[float]
+    logp: list[float]
+    rank: list[int] | None
 
 
 class Strategy(Protocol):
@@ -147,7 +160,8 @@ class Strategy(Protocol):
         """What to read when the rows of `seqs` are computed up to their last known token."""
 
     def advance(self, group: Group, seqs: Ids, reads: list[Any]) -> list[Edit]:
-        """What follows from the reads, one item per Read of `probe`: Samples for SAMPLE, else Reads.
+        """What follows from the reads, one item per Read of `probe`: Samples for SAMPLE, Merged for a MERGE without
+        groups, else Reads.
 
         `seqs` are the sequences that were read (Read.seqs of the first). Entries are numbered as in `seqs`. A generation
         whose rows took several steps comes with the reads of those steps one after another: MERGE then has the groups of

@@ -11,12 +11,12 @@ import numpy as np
 from ..errors import NoTokenError, ParameterError
 from ..group import Group
 from ..params import CommonParams
-from ..plan import Bools, Floats, Ints, Kind, Longs, Reads, ints
+from ..plan import Kind, Reads
 from ..request import Request
 from ..search_params import BeamSearchParams
 from ._beam_trace import BeamStep, Recorder
 from ._hypotheses import Nodes, Search, Tokens
-from .base import Base, Drop, Edit, Emit, Finish, Footprint, Grow, Ids, Read, ending, register
+from .base import Base, Drop, Edit, Emit, Finish, Footprint, Grow, Ids, Merged, Read, ending, register
 
 _LARGEST = math.log(1e37)  # single precision, with a margin
 _NO_TOKEN = np.iinfo(np.int32).max
@@ -51,14 +51,12 @@ class Beam(Base):
         self._ranked = params.logprobs is not None
         top_n = params.logprobs or 0
         self._top_n = top_n if 0 <= top_n <= vocab else vocab
-        self._ends = ints([*sorted(request.end_ids), _NO_TOKEN])  # for look-ups by bisection
         early = True if params.beam_width == 1 else params.early_stopping
         start = None if request.rules is None else request.rules.start()
         self._searches = [Search(width, request.room, params.length_penalty, early, start) for _ in range(params.num_beam_groups)]
         self._running = self._searches
-        self._seqs: Ints = ints()  # all beams, group by group, best first
-        self._scores: Floats = np.zeros(1, np.float32)
-        self._bounds: Ints = ints([0])  # groups of the last MERGE
+        self._seqs: list[int] = []  # all beams, group by group, best first
+        self._scores = [0.0]
         self._parts = 0  # steps in which the rows of this generation were read
         self._length = 0
         self._delivered = 0
@@ -70,16 +68,15 @@ class Beam(Base):
 
     def probe(self, group: Group, seqs: Ids) -> list[Read]:
         """The best continuations of the beams together, or of each alone where there are groups."""
-        if not len(self._seqs):
-            self._seqs = ints(seqs)
+        if not self._seqs:
+            self._seqs = [int(seq) for seq in seqs]
         self._parts += 1
         at, bias = self._seqs, self._scores
         if len(seqs) < len(at):
-            ranks = np.sort(self._ranks(seqs))
-            at, bias = at[ranks], bias[ranks]
-        if self._bounds[-1] != len(at):
-            self._bounds = np.arange(len(at) + 1, dtype=np.int32) if self._grouped else ints([0, len(at)])
-        reads = [Read(Kind.MERGE, at, n=self._n, groups=self._bounds, bias=bias)]
+            ranks = sorted(self._ranks(seqs))
+            at, bias = [at[rank] for rank in ranks], [bias[rank] for rank in ranks]
+        bounds = range(len(at) + 1) if self._grouped else None
+        reads = [Read(Kind.MERGE, at, n=self._n, groups=bounds, bias=bias)]
         if self._top_n:
             reads.append(Read(Kind.TOPN, at, n=self._top_n))
         return reads
@@ -89,135 +86,145 @@ class Beam(Base):
         self._length += 1
         if self._parts > 1:
             self._sort(seqs, reads)
-        self._parts = 0
         recorder = self._recorder if self.complete else None
         step = BeamStep(self._length) if recorder is not None else None
-        parents, tokens, taken = [], [], ints()
+        parents: list[int] = []
+        tokens: list[int] = []
+        taken: list[int] = []
         for search in self._running:
             before, beams = search.scores, slice(search.begin, search.begin + len(search.scores))
-            found = self._candidates(beams, reads[0], taken)
+            found = self._candidates(reads[0], beams, taken)
             stopped, states = self._stopped(search, found)
             tops = (reads[1].top_id[beams].copy(), reads[1].top_logp[beams].copy()) if self._top_n else None
             run = search.step(found, stopped, tops)
-            parents.append(found.parent[run] + search.begin if search.begin else found.parent[run])
-            tokens.append(search.chosen if len(run) else found.token[run])
+            if run:
+                parents += [beam + search.begin for beam in search.parents] if search.begin else search.parents
+                tokens += search.chosen
             if states:
-                search.text = [states[i] for i in run.tolist()]
-            if self._params.diversity_penalty:
-                taken = np.sort(np.concatenate((taken, search.chosen)))
+                search.text = [states[i] for i in run]
+            taken += search.chosen
             if recorder is not None and step is not None:
                 recorder.add(step, self._searches.index(search), search, before, found, run)
+        self._parts = 0
         if recorder is not None and step is not None:
             self.complete = recorder.end(step)
         running = self._running = [search for search in self._running if not search.done]
         if not running:
             return [*self._outputs(), Drop(self._seqs)]
         edits = self._agreed()
-        if self._grouped:
-            self._grow(group, np.concatenate(parents), np.concatenate(tokens), edits)
-            self._scores = np.concatenate([search.scores for search in running])
-            begin = 0
-            for search in running:
-                search.begin, begin = begin, begin + len(search.scores)
-        else:
-            self._grow(group, parents[0], tokens[0], edits)
-            self._scores = running[0].scores
+        self._grow(group, parents, tokens, edits)
+        self._scores = []
+        for search in running:
+            search.begin = len(self._scores)
+            self._scores += search.scores
         return edits
 
     def trace(self) -> list[Any]:
         """One BeamStep for each step."""
         return [] if self._recorder is None else self._recorder.steps
 
-    def _ranks(self, seqs: Ids) -> Longs:
+    def _ranks(self, seqs: Ids) -> list[int]:
         """Where some sequences stand among all beams."""
-        order = np.argsort(self._seqs)
-        return order[np.searchsorted(self._seqs, seqs, sorter=order)]
+        rank_of = {seq: rank for rank, seq in enumerate(self._seqs)}
+        return [rank_of[int(seq)] for seq in seqs]
 
-    def _sort(self, seqs: Ids, reads: list[Reads]) -> None:
+    def _sort(self, seqs: Ids, reads: list[Merged | Reads]) -> None:
         """Bring reads that came in several steps into the order of the beams."""
-        ranks = self._ranks(seqs)
+        ranks = np.array(self._ranks(seqs))
         entries = np.argsort(ranks)
-        merged = reads[0]
-        assert merged.parent is not None
-        merged.parent = np.where(merged.parent < 0, -1, ranks[merged.parent])
-        for read in reads if self._grouped else reads[1:]:
+        for read in reads:
+            if isinstance(read, Merged):
+                read.parent = [-1 if parent < 0 else int(ranks[parent]) for parent in read.parent]
+                continue
+            if read.parent is not None:
+                read.parent = np.where(read.parent < 0, -1, ranks[read.parent])
             for name in ("parent", "top_id", "top_logp", "top_rank", "score"):
                 column = getattr(read, name)
                 if column is not None:
                     setattr(read, name, column[entries])
 
-    def _candidates(self, beams: slice, read: Reads, taken: Ints) -> Nodes:
-        """The best continuations of a group's beams. `taken`: tokens with which beams of earlier groups go on, sorted."""
+    def _candidates(self, read: Merged | Reads, beams: slice, taken: list[int]) -> Nodes:
+        """The best continuations of a group's beams. `taken`: tokens with which beams of earlier groups go on."""
+        if not isinstance(read, Merged):
+            return self._penalised(read, beams, taken)
+        found = Nodes(read.parent, read.token, read.score, read.logp, read.rank if self._ranked else None)
+        if self._parts > 1:
+            pairs = zip(read.score, read.parent, read.token, range(len(read.token)), strict=True)
+            best = sorted((-score, parent, token, i) for score, parent, token, i in pairs if parent >= 0)
+            return found.take([i for *_, i in best[: self._keep]])
+        return found if read.parent[-1] >= 0 else found.head(read.parent.index(-1))
+
+    def _penalised(self, read: Reads, beams: slice, taken: list[int]) -> Nodes:
+        """The same of one of several groups, which were read for each beam."""
         parent, token, score, logp, rank = read.parent, read.top_id, read.score, read.top_logp, read.top_rank
         assert parent is not None and token is not None and score is not None and logp is not None
-        if not self._ranked:
-            rank = None
-        if not self._grouped and len(parent) == 1:
-            found = Nodes(parent[0], token[0], score[0], logp[0], None if rank is None else rank[0])
-            return found if found.parent[-1] >= 0 else found.take((found.parent >= 0).nonzero()[0])
-        rows = beams if self._grouped else slice(None)
-        some = parent[rows] >= 0
-        parent, token, score, logp = parent[rows][some], token[rows][some], score[rows][some], logp[rows][some]
-        rank = None if rank is None else rank[rows][some]
-        if len(taken):
-            times = np.searchsorted(taken, token, "right") - np.searchsorted(taken, token, "left")
+        some = parent[beams] >= 0
+        parent, token, score = parent[beams][some] - beams.start, token[beams][some], score[beams][some]
+        if taken and self._params.diversity_penalty:
+            before = np.sort(taken)
+            times = np.searchsorted(before, token, "right") - np.searchsorted(before, token, "left")
             score = score - np.float32(self._params.diversity_penalty) * times.astype(np.float32)
-        found = Nodes(parent - beams.start, token, score, logp, rank)
-        surplus = len(score) - self._keep
-        if surplus > 0:
-            found = found.take((score >= np.partition(score, surplus)[surplus]).nonzero()[0])
-        return found.take(np.lexsort((found.token, found.parent, -found.score))[: self._keep])
+        best = np.arange(len(score))
+        if len(best) > self._keep:
+            best = (score >= np.partition(score, -self._keep)[-self._keep]).nonzero()[0]
+        best = best[np.lexsort((token[best], parent[best], -score[best]))[: self._keep]]
+        ranks = rank[beams][some][best].tolist() if self._ranked and rank is not None else None
+        logps = logp[beams][some][best].tolist()
+        return Nodes(parent[best].tolist(), token[best].tolist(), score[best].tolist(), logps, ranks)
 
-    def _stopped(self, search: Search, found: Nodes) -> tuple[Bools, list[Any]]:
+    def _stopped(self, search: Search, found: Nodes) -> tuple[list[int], list[Any]]:
         """Which candidates end with a token or text that says so; text states of those that may go on.
 
-        What comes after the last one that can go on is not looked at.
+        What comes after the last one that can go on is not looked at for texts.
         """
-        stopped: Bools = self._ends[self._ends.searchsorted(found.token)] == found.token
-        rules, states, running = self._request.rules, list[Any](), 0
+        ends, rules = self._request.end_ids, self._request.rules
         if rules is None:
-            return stopped, states
-        for i, (parent, token, end) in enumerate(zip(found.parent.tolist(), found.token.tolist(), stopped.tolist(), strict=True)):
+            none = ends.isdisjoint(found.token)
+            return [] if none else [i for i, token in enumerate(found.token) if token in ends], []
+        stopped, states, running = list[int](), list[Any](), 0
+        for i, (parent, token) in enumerate(zip(found.parent, found.token, strict=True)):
+            end = token in ends
             state, hit = (None, None) if end else rules.check(search.text[parent], token)
             states.append(state)
             if end or (hit is not None and self._length >= self._params.min_tokens):
-                stopped[i] = True
+                stopped.append(i)
                 continue
             running += 1
             if running == search.width:
                 break
         return stopped, states
 
-    def _grow(self, group: Group, parents: Ints, tokens: Ints, edits: list[Edit]) -> None:
+    def _grow(self, group: Group, parents: list[int], tokens: list[int], edits: list[Edit]) -> None:
         """Beams with their tokens: the first child of a beam takes its sequence, the others fork, childless beams go."""
-        order = parents.argsort(kind="stable")
-        ordered = parents[order]
-        forked = order[1:][ordered[1:] == ordered[:-1]]
-        src = self._seqs[parents]
-        dst = src
-        if len(forked):
-            dst = src.copy()
-            dst[forked] = group.fresh(len(forked))
+        before = self._seqs
+        src = dst = [before[beam] for beam in parents]
+        going = set(src)
+        forks = len(src) - len(going)
+        if forks:
+            fresh, dst, left = group.fresh(forks), [], going.copy()
+            for seq in src:
+                if seq in left:
+                    left.discard(seq)
+                    dst.append(seq)
+                else:
+                    dst.append(fresh.pop())
         edits.append(Grow(src, tokens, dst))
-        if len(parents) - len(forked) < len(self._seqs):
-            lost = np.ones(len(self._seqs), np.bool_)
-            lost[parents] = False
-            edits.append(Drop(self._seqs[lost]))
+        if len(going) < len(before):
+            edits.append(Drop([seq for seq in before if seq not in going]))
         self._seqs = dst
 
     def _agreed(self) -> list[Edit]:
         """Tokens that all outputs are known to begin with, as far as they were not delivered."""
-        first = self._searches[0].agreed
-        begin = end = self._delivered
-        if len(first.tokens) == begin:
-            return []
-        shortest = min([len(search.agreed.tokens) for search in self._searches])
-        while end < shortest and all(search.agreed.tokens[end] == first.tokens[end] for search in self._searches[1:]):
-            end += 1
+        begin = self._delivered
+        first, *others = [search.agreed.tokens for search in self._searches]
+        end = len(first)
+        for tokens in others:
+            end = next((at for at in range(begin, min(end, len(tokens))) if tokens[at] != first[at]), min(end, len(tokens)))
         if begin == end:
             return []
         self._delivered = end
-        part = Tokens(first.tokens[begin:end], first.logps[begin:end], first.tops[begin:end])
+        tokens, logps, tops = self._searches[0].agreed
+        part = Tokens(tokens[begin:end], logps[begin:end], tops[begin:end])
         return [self._emit(index, part) for index in range(self._params.n)]
 
     def _emit(self, index: int, part: Tokens) -> Emit:
@@ -225,22 +232,21 @@ class Beam(Base):
 
     def _outputs(self) -> list[Edit]:
         """The n best of all pools."""
-        pools = [search.pool for search in self._searches]
-        pool = np.concatenate(pools)
-        if not len(pool):
+        pool = [(search, hypothesis) for search in self._searches for hypothesis in search.pool]
+        if not pool:
             raise NoTokenError(f"request {self._request.id!r}: its bans, logit_bias or penalties left no token after any beam")
-        owner = np.repeat(np.arange(len(pools)), [len(pool) for pool in pools])
-        best = np.argsort(-pool["score"], kind="stable")[: self._params.n]
-        ends: dict[int, tuple[Tokens, Finish]] = {}
-        for number in np.unique(owner[best]).tolist():
-            search, mine = self._searches[number], best[owner[best] == number]
-            for at, tail in zip(mine.tolist(), search.paths(pool[mine]), strict=True):
-                rest = Tokens(*(a[self._delivered :] + b for a, b in zip(search.agreed, tail, strict=True)))
-                reason, stop = self._reason(search.agreed.tokens + tail.tokens)
-                ends[at] = rest, Finish(-1, reason, float(pool["score"][at]), stop)
+        best = sorted(pool, key=lambda entry: -entry[1].score)[: self._params.n]
+        ends: list[tuple[Tokens, Finish]] = []
+        for search, hypothesis in best:
+            tail = search.path(hypothesis)
+            tokens, logps, tops = search.agreed
+            skip = self._delivered
+            rest = Tokens(tokens[skip:] + tail.tokens, logps[skip:] + tail.logps, tops[skip:] + tail.tops)
+            reason, stop = self._reason(tokens + tail.tokens)
+            ends.append((rest, Finish(-1, reason, hypothesis.score, stop)))
         edits: list[Edit] = []
         for index in range(self._params.n):
-            rest, finish = ends[int(best[min(index, len(best) - 1)])]
+            rest, finish = ends[min(index, len(ends) - 1)]
             edits += [self._emit(index, rest)] if rest.tokens else []
             edits.append(msgspec.structs.replace(finish, index=index))
         return edits

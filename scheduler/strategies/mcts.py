@@ -25,6 +25,7 @@ from ._tree import Expansion, Node, Tree
 from .base import Ask, Base, Drop, Edit, Emit, Finish, Footprint, Grow, Ids, Read, Samples, Top, ending, register
 
 _TRACED = 10_000  # entries of a trace
+_AT_ONCE = 10_000  # children looked at, about, in simulations that need no row, before others get their turn
 _NO_TABLE = np.empty(0, np.int32), np.empty(0, np.float32)
 
 
@@ -203,7 +204,9 @@ class MCTS(Base):
         """Ask what the leaves are worth, those of all trees at once, or say so."""
         if self._params.value_fn is not None:
             asked = [Leaf(self._prompt, tip.tokens(), tip.cumulative, tip.ended[0] if tip.ended else None) for tip in self._tips]
-            return [Ask(partial(_valued, self._params.value_fn, self._request.rules), asked, self._params.value_timeout)]
+            stops = [tip.ended[1] if tip.ended else None for tip in self._tips]
+            call = partial(_valued, self._params.value_fn, self._request.rules, stops)
+            return [Ask(call, asked, self._params.value_timeout)]
         for leaf, tip in zip(self._leaves, self._tips, strict=True):
             leaf.own = _default(tip)
         return self._back_up(group)
@@ -215,13 +218,18 @@ class MCTS(Base):
         for tree in self._trees:
             tree.back_up()
             edits += self._search(tree)
-        self._trees = [tree for tree in self._trees if tree.wave]
+        self._trees = [tree for tree in self._trees if not tree.root.ended]
+        if self._trees and not self._leaves:  # all are in the middle of simulations that need nothing
+            return [*edits, Ask(list, [], self._params.value_timeout)]
         return edits + self._compute(group)
 
     def _search(self, tree: Tree) -> list[Edit]:
-        """Go on until leaves have to be computed, or valued from outside, or the output is complete."""
+        """Go on until leaves have to be computed, or valued from outside, or the output is complete.
+
+        Or until that took so many simulations that it is to go on in a later step.
+        """
         edits: list[Edit] = []
-        while True:
+        for _ in range(max(1, _AT_ONCE // (self._top_k * self._params.leaf_batch_size))):
             while tree.left == 0:
                 edits += self._emit(tree)
                 if tree.root.ended:
@@ -237,6 +245,7 @@ class MCTS(Base):
             for leaf in fresh:
                 leaf.own = _default(leaf)
             tree.back_up()
+        return edits
 
     def _enlist(self, tree: Tree, fresh: list[Node]) -> None:
         """Let new leaves be computed and valued."""
@@ -289,11 +298,17 @@ class MCTS(Base):
             self._trace.append(MCTSStep(tree.output, parent, token, prior, visits, value, 1 + chosen.index))
 
 
-def _valued(value_fn: Callable[[list[Any]], Sequence[float]], rules: TextRules | None, leaves: list[Leaf]) -> Sequence[float]:
+def _valued(
+    value_fn: Callable[[list[Any]], Sequence[float]],
+    rules: TextRules | None,
+    stops: list[int | str | None],
+    leaves: list[Leaf],
+) -> Sequence[float]:
     """What value_fn says of the leaves, whose texts are made here: it runs in a thread of its own."""
-    if rules is not None:
-        for leaf in leaves:
-            leaf.text = rules.text(leaf.token_ids)
+    for leaf, stop in zip(leaves, stops, strict=True):
+        leaf.prompt_token_ids = leaf.prompt_token_ids.copy()  # they are value_fn's to change
+        if rules is not None:
+            leaf.text = rules.text(leaf.token_ids, stop)
     return value_fn(leaves)
 
 

@@ -163,7 +163,7 @@ class Sampling(Base):
             return total / len(output.tokens)
         assert output.ended is not None
         rules = group.request.rules
-        text = rules.text(output.tokens) if rules is not None else ""
+        text = rules.text(output.tokens, output.ended[1]) if rules is not None else ""
         score = float(self._params.rank_by(Candidate(output.tokens.copy(), output.logps.copy(), total, output.ended[0], text)))
         if math.isnan(score):
             raise ValueError("rank_by returned NaN; it must return a number")

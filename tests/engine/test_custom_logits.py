@@ -124,7 +124,8 @@ def test_preempted_sequences_are_not_processed_twice(llm: LLM) -> None:
         (lambda prompt, output, logits: torch.empty_like(logits, device="meta"), "a logits processor failed"),
         (lambda prompt, output, logits: logits.resize_(0), "returned torch.float32 \\[0\\]"),
         (lambda prompt, output, logits: logits.fill_(-torch.inf), "left no token to draw"),
-        (lambda prompt, output, logits: logits.fill_(torch.nan), "left no token to draw"),
+        (lambda prompt, output, logits: logits.fill_(torch.nan), "ValueError: it returned NaN or \\+inf"),
+        (lambda prompt, output, logits: logits.fill_(torch.inf), "ValueError: it returned NaN or \\+inf"),
     ],
 )
 def test_a_processor_that_fails_ends_its_request_with_the_reason_and_no_other(llm: LLM, bad: Any, message: str) -> None:

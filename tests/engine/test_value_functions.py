@@ -21,6 +21,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pagefork import LLM, Leaf, MCTSParams
 from pagefork.value_functions import VALUE_FUNCTIONS, brackets_balance, log_probability, parses_as_python
 
 MODULES = [textwrap, json, queue, codeop, random, ast]
@@ -150,3 +151,23 @@ def test_leaves_are_valued_one_by_one() -> None:
         function = make("y = [\n" if name == "brackets_balance" else "")
         assert function(leaves) == [function([leaf])[0] for leaf in leaves]
         assert function([]) == []
+
+
+def test_a_leaf_that_a_stop_text_ended_has_the_text_of_its_output(demo: LLM) -> None:
+    seen: list[tuple[str, str | None]] = []
+
+    def watch(leaves: list[Leaf]) -> list[float]:
+        seen.extend((leaf.text, leaf.finish_reason) for leaf in leaves)
+        for leaf in leaves:
+            leaf.prompt_token_ids += leaf.token_ids  # its own list
+        return [float(len(leaf.prompt_token_ids) - len(leaf.token_ids) == count) for leaf in leaves]
+
+    assert demo.engine.tokenizer is not None
+    count = len(demo.engine.tokenizer.encode("print("))
+    params = MCTSParams(num_simulations=30, max_tokens=8, stop=[")"], value_fn=watch)
+    for kept in (False, True):
+        seen.clear()
+        [output] = demo.generate(["print("], params.replace(include_stop_str_in_output=kept), use_tqdm=False)
+        ended = [text for text, reason in seen if reason == "stop"]
+        assert output.error is None and ended
+        assert all(text.endswith(")") == kept and text.count(")") == kept for text in ended)

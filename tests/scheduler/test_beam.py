@@ -66,7 +66,7 @@ class Pairs:
         tokens = (*state, token)
         return tokens, "five" if self.stops(list(tokens)) else None
 
-    def text(self, tokens: list[int]) -> str:
+    def text(self, tokens: list[int], stop: int | str | None = None) -> str:
         return " ".join(map(str, tokens))
 
     @staticmethod

@@ -175,7 +175,7 @@ class Rules:
         text = f"{state} {token}"
         return text, self.stop if text.endswith(self.stop) else None
 
-    def text(self, tokens: list[int]) -> str:
+    def text(self, tokens: list[int], stop: int | str | None = None) -> str:
         return "".join(f" {token}" for token in tokens)
 
 

@@ -37,7 +37,7 @@ class TwoTokens:
     def check(self, state: int, token: int) -> tuple[int, str | None]:
         return token, "nine" if state >= 0 and (state + token) % 9 == 0 else None
 
-    def text(self, tokens: list[int]) -> str:
+    def text(self, tokens: list[int], stop: int | str | None = None) -> str:
         return " ".join(map(str, tokens))
 
 
@@ -378,3 +378,18 @@ def test_a_trace_is_bounded_and_says_what_is_missing() -> None:
     assert trace is not None and not trace.complete
     assert 9900 < sum(len(step.parent) for step in trace.steps) <= 10_000
     assert len(harness.requests[name].tokens[0]) == 150
+
+
+def test_simulations_that_need_no_row_leave_others_their_turn() -> None:
+    """A tree that is used up at once, and simulations by the hundred thousand: many steps, and the same choice."""
+    harness = Harness()
+    name = harness.add(PROMPT, MCTSParams(num_simulations=100_000, max_depth=1, top_k=2, max_tokens=1), expected=None)
+    harness.answer_at_once = False
+    other = harness.add(PROMPT, SamplingParams(temperature=0, max_tokens=8))
+    while not harness.requests[other].done:
+        harness.step()
+        if harness.asks:
+            harness.answer()
+    assert not harness.requests[name].done
+    harness.run()
+    assert len(harness.requests[name].tokens[0]) == 1

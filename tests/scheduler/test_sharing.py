@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from support.harness import Harness
 from support.oracle import continuation
 from support.requests import GREEDY, prompt
 from support.toys import BeamToyParams, RolloutToyParams
 
+from pagefork.scheduler.kv_manager import KVManager, Written
 from pagefork.scheduler.params import CommonParams, SamplingParams
-from pagefork.scheduler.plan import Kind, Plan
+from pagefork.scheduler.plan import Ints, Kind, Plan, ints
 from pagefork.scheduler.strategies.base import Base, Drop, Emit, Finish, Footprint, Grow, Read, register
 
 
@@ -108,6 +110,27 @@ def test_equal_prompts_that_run_together_end_up_on_the_same_blocks() -> None:
     for _ in range(3):
         harness.step()
     assert 99 - harness.scheduler.kv.pool.free == 40 // 4 + 2
+
+
+def test_a_block_that_all_its_holders_copy_is_not_given_out_in_the_plan_that_copies_it() -> None:
+    """A third one filled it and has gone; only once the plan is sealed nobody holds it."""
+    kv = KVManager(4, 4, enable_prefix_caching=False)
+    first, second, third = (ints(kv.table.allocate(1, 0)) for _ in range(3))
+
+    def write(seqs: Ints, start: int, end: int) -> Written:
+        rows = seqs, np.full(len(seqs), start, np.int32), np.full(len(seqs), end, np.int32)
+        return kv.write(*rows, kv.needs(*rows))
+
+    (block,) = write(first, 0, 2).block
+    for fork in (second, third):
+        kv.fork(first, fork)
+    assert len(write(third, 2, 3).block) == 0
+    kv.drop(third)
+    written = write(np.concatenate([first, second]), 2, 3)
+    assert written.src.tolist() == [block, block] and kv.pool.free == 0
+    assert block not in written.dst and written.dst[0] != written.dst[1]
+    kv.settle(written)
+    assert kv.pool.free == 1
 
 
 class SplitParams(CommonParams, frozen=True, kw_only=True):

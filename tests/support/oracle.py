@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +31,14 @@ def mix(*values: int) -> int:
 
 def scores(tokens: list[int], spec: Spec) -> NDArray[np.float64]:
     """The model: one score per token of the vocabulary, from everything before it and, with history, the spec."""
-    context = mix(len(tokens), *tokens, spec.prompt_len if spec.history else 0)
-    rng = np.random.default_rng(context)
-    return np.log(rng.random(VOCAB))
+    return _scores(VOCAB, len(tokens), *tokens, spec.prompt_len if spec.history else 0)
+
+
+@lru_cache(10_000)
+def _scores(vocab: int, *context: int) -> NDArray[np.float64]:
+    values = np.log(np.random.default_rng(mix(*context)).random(vocab))
+    values.flags.writeable = False
+    return values
 
 
 def draw(tokens: list[int], spec: Spec, stream: int) -> int:
@@ -218,4 +224,5 @@ def _merge(probe: Probe, values: NDArray[np.float64], specs: list[Spec]) -> Read
         pairs = zip(parent[g, :n].tolist(), top[g, :n], strict=True)
         rank[g, :n] = [int(ranks(values[p], np.array([t]))[0]) * specs[p].rank for p, t in pairs]
     bad = np.zeros(len(values), np.bool_)
-    return Reads(bad, top_id=top, top_logp=logp, top_rank=rank, parent=parent, score=score)
+    asked = rank if any(spec.rank for spec in specs) else None
+    return Reads(bad, top_id=top, top_logp=logp, top_rank=asked, parent=parent, score=score)

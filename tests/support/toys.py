@@ -11,7 +11,7 @@ import numpy as np
 
 from pagefork.scheduler.group import Group
 from pagefork.scheduler.params import CommonParams
-from pagefork.scheduler.plan import Kind, Spec, ints
+from pagefork.scheduler.plan import Kind, Spec
 from pagefork.scheduler.request import Request
 from pagefork.scheduler.strategies.base import Ask, Base, Drop, Edit, Emit, Finish, Footprint, Grow, Ids, Read, register
 from support.oracle import VOCAB, draw, mix, scores
@@ -44,13 +44,13 @@ class BeamToy(Base):
         here = set(map(int, seqs))
         ranks = [rank for rank, seq in enumerate(self.seqs) if seq in here]
         bias = np.array([self.beams[rank][0] for rank in ranks], np.float32)
-        return [Read(Kind.MERGE, [self.seqs[rank] for rank in ranks], n=self.width, groups=ints([0, len(ranks)]), bias=bias)]
+        return [Read(Kind.MERGE, [self.seqs[rank] for rank in ranks], n=self.width, bias=bias)]
 
     def advance(self, group: Group, seqs: Ids, reads: list[Any]) -> list[Edit]:
         ranks = {seq: rank for rank, seq in enumerate(self.seqs)}
         assert sorted(map(int, seqs)) == sorted(ranks), "advance must see the whole generation"
-        found = zip(reads[0].score.flat, reads[0].parent.flat, reads[0].top_id.flat, strict=True)
-        best = sorted((-float(score), ranks[int(seqs[parent])], int(token)) for score, parent, token in found if parent >= 0)
+        found = zip(reads[0].score, reads[0].parent, reads[0].token, strict=True)
+        best = sorted((-score, ranks[int(seqs[parent])], token) for score, parent, token in found if parent >= 0)
         best = best[: self.width]
         beams = [(-score, [*self.beams[rank][1], token]) for score, rank, token in best]
         if len(beams[0][1]) == self.length:
