@@ -204,7 +204,7 @@ class LLMEngine:
             prefix_queries=residents.prefix_queries,
             prefix_hits=residents.prefix_hits,
             preemptions=residents.preemptions,
-            forks=counters.forks,
+            forks=scheduler.kv.forks,
             blocks_copied=counters.blocks_copied,
         )
 

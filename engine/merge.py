@@ -21,8 +21,8 @@ from .logit_parts import Parts, joined
 def read_merge(parts: Parts, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> tuple[Reads, Tensor]:
     """What `probe` asks of logits [U, V], as in Sampler.read, and the entries whose own processors failed, bool [P].
 
-    Bans, bias, penalties and processors apply to log-probs, as in the beam search of transformers. Where none does, the
-    log-probs of the best logits alone are computed.
+    Bans, bias, penalties and processors apply to log-probs, as in the beam search of transformers; to logits where the probe
+    is `processed`. Where none does, the log-probs of the best logits alone are computed.
     """
     assert probe.groups is not None and probe.bias is not None
     merge = Merge(probe.groups.tolist(), len(probe.slot), probe.n, parts.device)
@@ -31,7 +31,10 @@ def read_merge(parts: Parts, logits: Tensor, probe: Probe, index: Tensor, positi
         scale = Distribution(part.logits, None, parts.scratch).scale()
         scales.append(scale)
         slot = probe.slot[cut]
-        if parts.state.adjusts(slot, position[cut]):
+        if probe.processed and parts.state.adjusts(slot, position[cut]):
+            adjusted = parts.state.adjust(part.logits, slot, position[cut], parts.scratch)
+            merge.add(adjusted, bias[cut], Distribution(adjusted, None, parts.scratch).scale())
+        elif parts.state.adjusts(slot, position[cut]):
             log_probs = _log_softmax(part.logits, scale, parts.scratch)
             merge.add(parts.state.adjust(log_probs, slot, position[cut], parts.scratch), bias[cut])
         else:

@@ -16,7 +16,6 @@ class Counters:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     forward_tokens: int = 0
-    forks: int = 0
     blocks_copied: int = 0
 
 

@@ -128,6 +128,7 @@ class Group:
         self.usage = Usage()
         self.measured = 0
         self.needed = 0
+        self.common: int | None = None  # leading tokens that all its sequences share, while it waits
         self._sequences = sequences
 
     def fresh(self, count: int) -> list[int]:

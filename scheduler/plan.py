@@ -140,7 +140,8 @@ class Probe(msgspec.Struct):
     TOPN: `processed` takes the tokens that are the most probable after processing instead of those with the best reported
     log-probs. `window` reads the similarity of the position to earlier ones too: to the last window[p], or to all where
     that is 0.
-    MERGE: entries groups[g] .. groups[g+1] are the live sequences of one search, `bias` their scores so far.
+    MERGE: entries groups[g] .. groups[g+1] are the live sequences of one search, `bias` their scores so far. `processed` takes
+    the log-probs of the processed logits instead of processing log-probs.
     TARGET: `target` are the tokens that are scored.
     """
 

@@ -96,6 +96,12 @@ class Residents:
                 self.kv.evict(group, ints([seq]))
         return self.kv.pool.free > before
 
+    def _shed_for(self, wanted: int) -> bool:
+        """Evict parked sequences for a waiting group, if that can give it room; whether it did."""
+        table, free = self.kv.table, self.kv.pool.free
+        parked = table.alive & ~table.run & (table.cols > 0)
+        return free + int(table.cols[parked].sum()) >= wanted and self._shed(wanted) and self.kv.pool.free >= wanted
+
     def _preempt(self, group: Group) -> None:
         """Give all blocks and slots of a group back; it waits at its old place and is recomputed from its tokens."""
         table = self.kv.table
@@ -107,6 +113,7 @@ class Residents:
         table.cap[seqs] = 0
         self._resuming.forget(group)
         group.state = State.WAITING
+        group.common = None
         group.preemptions += 1
         self.preemptions += 1
         del self.running[group.number]
@@ -134,7 +141,7 @@ class Residents:
             reusable = shared if group.is_scored else min(shared, group.scored)
             hits = self.kv.take_prefix(group, group.prefix(shared), reusable // size)
             room = max(-(-tokens // size), group.needed) - hits + group.width
-            if self.running and self.kv.pool.free < reserved + room:
+            if self.running and self.kv.pool.free < reserved + room and not self._shed_for(reserved + room):
                 self.kv.drop_prefix(group)
                 return False
             reserved += room
@@ -150,8 +157,11 @@ class Residents:
         if group.live:
             table = self.kv.table
             seqs = table.of(group.number)
-            longest, shortest = int(table.known[seqs[table.run[seqs]]].max()), int(table.known[seqs].min())
-            common = group.common_length(seqs)
+            running = table.known[seqs[table.run[seqs]]]
+            longest, shortest = int(running.max()), int(running.min())  # what is parked is not read again: it may be whole
+            if group.common is None:
+                group.common = group.common_length(seqs)
+            common = group.common
         return longest, min(common, shortest - 1) // self.kv.block_size * self.kv.block_size
 
     def _start(self, group: Group, tokens: int, shared: int) -> None:
@@ -161,6 +171,7 @@ class Residents:
         self.prefix_queries += tokens
         self.prefix_hits += hit
         group.state = State.RUNNING
+        group.common = None
         self.running[group.number] = group
         self._widths += group.width
         if not group.live:

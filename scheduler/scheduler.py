@@ -73,7 +73,11 @@ class Scheduler:
 
     def add(self, request: Request) -> int:
         """Queue a request; how many outputs it will have. Raises InvalidRequestError when it could never run."""
-        group = Group(self._arrivals, request, self.validate(request), self.kv.table)
+        strategy = self.validate(request)
+        if not self._groups and not self._flights:
+            self.residents.slots.forget()
+            self.kv.table.shrink()
+        group = Group(self._arrivals, request, strategy, self.kv.table)
         request.arrival = self._arrivals
         group.order = (request.priority if self.policy == "priority" else 0, request.arrival)
         self._arrivals += 1
@@ -162,7 +166,6 @@ class Scheduler:
         )
         counters.steps += 1
         counters.forward_tokens += len(plan.rows.tokens)
-        counters.forks = self.kv.forks
         counters.blocks_copied += len(plan.copies.dst)
 
     def apply(self, result: Result) -> list[Update]:

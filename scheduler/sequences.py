@@ -57,14 +57,21 @@ class Sequences:
     row: Ints
 
     def __init__(self, capacity: int = 256, columns: int = 8) -> None:
-        self._rows = np.full(capacity, _BLANK)
-        self.tail: Ints = np.zeros((capacity, columns), np.int32)
-        self._free = list(range(capacity - 1, -1, -1))  # a stack
+        self._size = capacity, columns
         self._births = 0
-        self._view()
+        self.tail: Ints
+        self.shrink()
 
     def __len__(self) -> int:
         return len(self._rows) - len(self._free)
+
+    def shrink(self) -> None:
+        """Back to the size of the beginning, where nothing lives: every step looks at all rows."""
+        capacity, columns = self._size
+        self._rows = np.full(capacity, _BLANK)
+        self.tail = np.zeros((capacity, columns), np.int32)
+        self._free = list(range(capacity - 1, -1, -1))  # a stack
+        self._view()
 
     def _view(self) -> None:
         for name, _ in _FIELDS:

@@ -39,6 +39,10 @@ class Slots:
             self._take(dst)
             self._forks.append((sources, dst, self._table.birth[dst]))
 
+    def forget(self) -> None:
+        """No sequence lives: there is nothing to open or to fork any more."""
+        self._forks, self._opens = [], []
+
     def close(self, seqs: Ints) -> None:
         """The sequences need no slot any more."""
         slots = self._table.slot[seqs]

@@ -42,8 +42,10 @@ class Beam(Base):
         params = request.params
         assert isinstance(params, BeamSearchParams)
         _check_length_penalty(params.length_penalty, request.room)
+        _check_scores(params, request.room)
         self._params, self._request = params, request
         self._grouped = params.num_beam_groups > 1
+        self._greedy = params.beam_width == 1
         width = params.beam_width // params.num_beam_groups
         vocab = request.extra.get("vocab_size", _NO_TOKEN)
         self._keep = max(2, 1 + len(request.end_ids)) * width
@@ -51,7 +53,7 @@ class Beam(Base):
         self._ranked = params.logprobs is not None
         top_n = params.logprobs or 0
         self._top_n = top_n if 0 <= top_n <= vocab else vocab
-        early = True if params.beam_width == 1 else params.early_stopping
+        early = True if self._greedy else params.early_stopping
         start = None if request.rules is None else request.rules.start()
         self._searches = [Search(width, request.room, params.length_penalty, early, start) for _ in range(params.num_beam_groups)]
         self._running = self._searches
@@ -76,7 +78,7 @@ class Beam(Base):
             ranks = sorted(self._ranks(seqs))
             at, bias = [at[rank] for rank in ranks], [bias[rank] for rank in ranks]
         bounds = range(len(at) + 1) if self._grouped else None
-        reads = [Read(Kind.MERGE, at, n=self._n, groups=bounds, bias=bias)]
+        reads = [Read(Kind.MERGE, at, n=self._n, processed=self._greedy, groups=bounds, bias=bias)]
         if self._top_n:
             reads.append(Read(Kind.TOPN, at, n=self._top_n))
         return reads
@@ -234,7 +236,9 @@ class Beam(Base):
         """The n best of all pools."""
         pool = [(search, hypothesis) for search in self._searches for hypothesis in search.pool]
         if not pool:
-            raise NoTokenError(f"request {self._request.id!r}: its bans, logit_bias or penalties left no token after any beam")
+            raise NoTokenError(
+                f"request {self._request.id!r}: its bans, bias, penalties or logits processors left no token after any beam"
+            )
         best = sorted(pool, key=lambda entry: -entry[1].score)[: self._params.n]
         ends: list[tuple[Tokens, Finish]] = []
         for search, hypothesis in best:
@@ -270,3 +274,10 @@ def _check_length_penalty(length_penalty: float, room: int) -> None:
             f"length_penalty={length_penalty} with outputs of up to {room} tokens leaves single precision; "
             f"it must be within -{limit:.4g} and {limit:.4g}"
         )
+
+
+def _check_scores(params: BeamSearchParams, room: int) -> None:
+    bias = max(map(abs, (params.logit_bias or {}).values()), default=0.0)
+    for name, most in (("logit_bias", bias), ("diversity_penalty", params.diversity_penalty * params.beam_width)):
+        if room * most > 1e37:
+            raise ParameterError(f"{name}, up to {most:.4g} a token, leaves single precision within {room} tokens; lower it")

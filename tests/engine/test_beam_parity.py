@@ -11,7 +11,7 @@ import torch
 from support.checkpoints import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from pagefork import LLM, BeamSearchParams, SamplingParams
+from pagefork import LLM, BeamSearchParams, ParameterError, SamplingParams
 from pagefork.demo import demo_path
 from pagefork.outputs import RequestOutput
 
@@ -188,3 +188,23 @@ def test_a_width_of_one_reports_what_greedy_reports(demo: LLM) -> None:
         for token, logprob in found.items():
             assert logprob.logprob == pytest.approx(expected[token].logprob, abs=CLOSE)
             assert (logprob.rank, logprob.decoded_token) == (expected[token].rank, expected[token].decoded_token)
+
+
+def test_a_width_of_one_is_greedy_whatever_is_processed(demo: LLM) -> None:
+    prompts = ["def add(a, b):\n", "import os\n", "class Node:\n    "]
+    settings: list[dict[str, Any]] = [
+        {},
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.9, "no_repeat_ngram_size": 3, "logit_bias": {300: 2.0}},
+        {"frequency_penalty": 1.0, "presence_penalty": 0.5},
+    ]
+    for fields in settings:
+        greedy = demo.generate(prompts, SamplingParams(temperature=0, max_tokens=24, **fields), use_tqdm=False)
+        beams = demo.generate(prompts, BeamSearchParams(beam_width=1, max_tokens=24, **fields), use_tqdm=False)
+        assert [o.outputs[0].token_ids for o in beams] == [o.outputs[0].token_ids for o in greedy], fields
+
+
+@pytest.mark.parametrize("fields", [{"logit_bias": {5: 3e38}}, {"num_beam_groups": 2, "diversity_penalty": 1e37}], ids=str)
+def test_scores_that_leave_single_precision_are_refused(demo: LLM, fields: dict[str, Any]) -> None:
+    with pytest.raises(ParameterError, match="leaves single precision within 6 tokens"):
+        demo.generate(["a"], BeamSearchParams(max_tokens=6, **fields), use_tqdm=False)

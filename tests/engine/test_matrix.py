@@ -136,11 +136,11 @@ def test_logprobs_are_those_of_the_tokens_in_their_places(llm: LLM) -> None:
     """By scoring prompt and output as a prompt."""
     outputs = run(llm, logprobs=2)
     for name, requests in outputs.items():
-        for request, output in ((request, output) for request in requests for output in request.outputs):
-            tokens = [*request.prompt_token_ids, *output.token_ids]
+        for whole, output in ((request, output) for request in requests for output in request.outputs):
+            tokens = [*whole.prompt_token_ids, *output.token_ids]
             [scored] = llm.generate([tokens], SamplingParams(max_tokens=1, prompt_logprobs=2), use_tqdm=False)
             assert scored.prompt_logprobs is not None and output.logprobs is not None
-            expected = scored.prompt_logprobs[len(request.prompt_token_ids) :]
+            expected = scored.prompt_logprobs[len(whole.prompt_token_ids) :]
             assert len(output.logprobs) == len(expected), name
             for token, table, entries in zip(output.token_ids, output.logprobs, expected, strict=True):
                 assert entries is not None and list(table) == list(entries), name

@@ -21,7 +21,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pagefork import LLM, Leaf, MCTSParams
+from pagefork import LLM, MCTSParams
+from pagefork import Leaf as SearchLeaf
 from pagefork.value_functions import VALUE_FUNCTIONS, brackets_balance, log_probability, parses_as_python
 
 MODULES = [textwrap, json, queue, codeop, random, ast]
@@ -156,7 +157,7 @@ def test_leaves_are_valued_one_by_one() -> None:
 def test_a_leaf_that_a_stop_text_ended_has_the_text_of_its_output(demo: LLM) -> None:
     seen: list[tuple[str, str | None]] = []
 
-    def watch(leaves: list[Leaf]) -> list[float]:
+    def watch(leaves: list[SearchLeaf]) -> list[float]:
         seen.extend((leaf.text, leaf.finish_reason) for leaf in leaves)
         for leaf in leaves:
             leaf.prompt_token_ids += leaf.token_ids  # its own list

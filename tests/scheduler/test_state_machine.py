@@ -160,7 +160,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 def run(examples: int, steps: int, **options: Any) -> None:
     SchedulerMachine.seen.clear()
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         SchedulerMachine,
         settings=settings(
             max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck), **options

@@ -43,7 +43,7 @@ def test_usages_add_up_to_what_the_plans_said() -> None:
     found = [usage(harness, name) for name in harness.requests]
     assert sum(item.forward_tokens for item in found) == sum(len(plan.rows.tokens) for plan in seen)
     assert sum(item.blocks_copied for item in found) == sum(len(plan.copies.dst) for plan in seen)
-    assert sum(item.forks for item in found) == harness.scheduler.counters.forks
+    assert sum(item.forks for item in found) == harness.scheduler.kv.forks
     assert all(type(value) is int for item in found for value in (item.forward_tokens, item.forks, item.blocks_copied))
 
 
