@@ -159,7 +159,7 @@ def search(llm: LLM, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
     found = {}
     for name, make in VALUE_FUNCTIONS.items():
         values = [make(text) for text in texts]
-        trees = [MCTSParams(num_simulations=16, value_fn=value, **common) for value in values]
+        trees = [MCTSParams(num_simulations=16, c_puct=0.1, value_fn=value, **common) for value in values]
         spent, ours = _values(llm, prompts, trees, values)
         n = max(1, round(spent / (len(prompts) * tokens)))
         best = [SamplingParams(best_of=n, rank_by=lambda c, v=value: v([c])[0], **common) for value in values]
