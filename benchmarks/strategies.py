@@ -151,6 +151,30 @@ def table(llm: LLM, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
     return found
 
 
+def markdown(rows: dict[str, Any]) -> str:
+    """The table as README has it: means, with half the width of the 95 % interval where that says something."""
+    lines = [
+        "| strategy | tokens/s | computed per token | log-prob per token | rep-2 / 3 / 4, % | diversity, % | parses, % | for |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        reps = " / ".join(f"{row[f'rep_{n}']['mean']:.0f}" for n in (2, 3, 4))
+        cells = [name, f"{row['tokens_per_second']:.0f}", f"{row['forward_tokens_per_token']:.1f}"]
+        cells += [
+            _with_error(row["log_prob"], 2),
+            reps,
+            _with_error(row["diversity"], 0),
+            _with_error(row["parses"], 0),
+            row["use"],
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _with_error(value: dict[str, float], digits: int) -> str:
+    return f"{value['mean']:.{digits}f} ± {(value['high'] - value['low']) / 2:.{digits}f}"
+
+
 def search(llm: LLM, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
     """Tree search against best-of-n by one value function, at an equal number of computed tokens."""
     assert llm.engine.tokenizer is not None
@@ -241,6 +265,7 @@ def main() -> None:
     load = {"prompts": args.prompts, "prompt_tokens": PROMPT_TOKENS, "tokens": args.tokens, "model": "demo"}
     if args.part != "search":
         result["table"] = {**facts(), "load": load, "rows": table(llm, prompts, args.tokens)}
+        print(markdown(result["table"]["rows"]))
         draw_chart(result["table"]["rows"], args.out / "strategies.png")
     if args.part != "table":
         result["search"] = {**facts(), "load": load, "values": search(llm, prompts, args.tokens)}
