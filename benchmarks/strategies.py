@@ -27,6 +27,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +73,8 @@ def held_out(llm: LLM, count: int, seed: int = 0) -> list[list[int]]:
     texts = [text for i, text in enumerate(sources()) if i % 20 == 0]
     tokenizer = llm.engine.tokenizer
     assert tokenizer is not None
-    draw, prompts = random.Random(seed), []
+    draw = random.Random(seed)
+    prompts: list[list[int]] = []
     while len(prompts) < count:
         lines = draw.choice(texts).splitlines(keepends=True)
         first = draw.randrange(len(lines))
@@ -186,7 +188,7 @@ def search(llm: LLM, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
         trees = [MCTSParams(num_simulations=16, c_puct=0.1, value_fn=value, **common) for value in values]
         spent, ours = _values(llm, prompts, trees, values)
         n = max(1, round(spent / (len(prompts) * tokens)))
-        best = [SamplingParams(best_of=n, rank_by=lambda c, v=value: v([c])[0], **common) for value in values]
+        best = [SamplingParams(best_of=n, rank_by=partial(_rank, value), **common) for value in values]
         spent_best, theirs = _values(llm, prompts, best, values)
         gain = interval([tree - sampled for tree, sampled in zip(ours, theirs, strict=True)])
         found[name] = {
@@ -196,6 +198,10 @@ def search(llm: LLM, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
         }
         print(f"{name}: tree {found[name]['tree_search']}, best of {n} {found[name]['best_of_n']}, gain {gain}", flush=True)
     return found
+
+
+def _rank(value: ValueFunction, candidate: Any) -> float:
+    return value([candidate])[0]
 
 
 def _values(

@@ -44,4 +44,7 @@ class FakeRunner:
         logp = -1.0 - np.tile(np.arange(probe.n, dtype=np.float32) * 1e-3, (len(size), 1))
         best = np.maximum.reduceat(probe.bias, probe.groups[:-1])[:, None]
         token = np.tile(np.arange(FIRST_MERGED, FIRST_MERGED + probe.n, dtype=np.int32), (len(size), 1))
-        return Reads(bad, top_id=token, top_logp=logp, top_rank=np.zeros_like(token), parent=parent, score=best + logp)
+        score = (best + logp).astype(np.float32)
+        return Reads(
+            bad, top_id=token, top_logp=logp.astype(np.float32), top_rank=np.zeros_like(token), parent=parent, score=score
+        )

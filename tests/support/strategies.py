@@ -30,13 +30,7 @@ STRATEGIES: dict[str, Make] = {
     ),
 }
 PROMPTS = [
-    (
-        "import os\nimport sys\n\n\ndef read(path):\n    with open(path) as f:\n        return f.read()\n\n\ndef write(path, data):\n"
-        "    with "
-    ),
+    "import os\nimport sys\n\n\ndef read(path):\n    with open(path) as f:\n        return f.read()\n\n\ndef write(path):\n    ",
     "class Node:\n    def __init__(self, name, parent=None):\n        self.name = name\n        self.parent = parent\n\n    def ",
-    (
-        "import re\nimport os\nimport sys\nimport json\nimport time\nimport errno\nimport types\nimport socket\nimport select\n"
-        "import "
-    ),
+    "import re\nimport os\nimport sys\nimport json\nimport time\nimport errno\nimport types\nimport socket\nimport ",
 ]
