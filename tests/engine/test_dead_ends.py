@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pagefork import LLM, BeamSearchParams, ContrastiveSearchParams, MCTSParams, NoTokenError
+from pagefork import LLM, BeamSearchParams, ContrastiveSearchParams, InvalidRequestError, MCTSParams, NoTokenError
 from pagefork.scheduler.params import CommonParams
 
 PROMPT = "import os\n"
@@ -73,3 +73,18 @@ def test_a_search_that_has_nothing_left_ends_with_an_error_alone(demo: LLM, para
     demo.engine.check()
     stats = demo.engine.stats()
     assert stats.free_blocks == stats.num_blocks
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (BeamSearchParams(beam_width=65), "65 sequences at once were asked for; max_num_seqs allows 64: lower beam_width"),
+        (ContrastiveSearchParams(top_k=65), "lower top_k, or raise it"),
+        (MCTSParams(leaf_batch_size=65, num_simulations=100), "lower n or leaf_batch_size, or raise it"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_search_that_is_too_wide_is_refused_before_anything_runs(demo: LLM, params: CommonParams, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        demo.generate([PROMPT] * 2, [BeamSearchParams(max_tokens=2), params], use_tqdm=False)
+    assert not demo.engine.has_unfinished_requests()
