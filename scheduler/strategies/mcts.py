@@ -25,6 +25,7 @@ from ._tree import Expansion, Node, Tree
 from .base import Ask, Base, Drop, Edit, Emit, Finish, Footprint, Grow, Ids, Read, Samples, Top, ending, register
 
 _TRACED = 10_000  # entries of a trace
+_A_STEP = 60.0  # seconds, far more than it takes to come back from an Ask of nothing
 _AT_ONCE = 10_000  # children looked at, about, in simulations that need no row, before others get their turn
 _NO_TABLE = np.empty(0, np.int32), np.empty(0, np.float32)
 
@@ -220,7 +221,7 @@ class MCTS(Base):
             edits += self._search(tree)
         self._trees = [tree for tree in self._trees if not tree.root.ended]
         if self._trees and not self._leaves:  # all are in the middle of simulations that need nothing
-            return [*edits, Ask(list, [], self._params.value_timeout)]
+            return [*edits, Ask(list, [], _A_STEP)]
         return edits + self._compute(group)
 
     def _search(self, tree: Tree) -> list[Edit]:
