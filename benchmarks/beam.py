@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from pagefork import LLM, BeamSearchParams
 
 sys.path.insert(0, str(Path(__file__).parent))
-from paired import Engine, add_load, measure, parsed, summarise
+from paired import Engine, add_load, measure, parsed, summarise, transformers_engine
 from shared import RANDOM_LLAMA, ROOT, facts, random_llama
 
 
@@ -36,21 +35,6 @@ def pagefork_engine(model: str, dtype: str, width: int) -> Engine:
     def run(prompts: list[list[int]], length: int) -> int:
         params = BeamSearchParams(beam_width=width, max_tokens=length, ignore_eos=True)
         return sum(len(output.outputs[0].token_ids) for output in llm.generate(prompts, params, use_tqdm=False))
-
-    return run
-
-
-def transformers_engine(model: str, dtype: str, width: int) -> Engine:
-    lm = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
-    lm.to("cuda" if torch.cuda.is_available() else "cpu")
-    lm.generation_config.eos_token_id = None
-    lm.generation_config.pad_token_id = 0
-
-    def run(prompts: list[list[int]], length: int) -> int:
-        ids = torch.tensor(prompts, device=lm.device)
-        mask = torch.ones_like(ids)
-        out = lm.generate(ids, attention_mask=mask, do_sample=False, num_beams=width, max_new_tokens=length)
-        return int(out.shape[0] * (out.shape[1] - ids.shape[1]))
 
     return run
 
@@ -122,7 +106,7 @@ def main() -> None:
     else:
         engines = {
             "pagefork": pagefork_engine(model, args.dtype, args.width),
-            "transformers": transformers_engine(model, args.dtype, args.width),
+            "transformers": transformers_engine(model, args.dtype, do_sample=False, num_beams=args.width),
         }
         runs = measure(engines, args)
         summary = summarise(runs, list(engines))

@@ -9,7 +9,25 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM
+
 Engine = Callable[[list[list[int]], int], int]  # (prompts, output length) -> tokens generated
+
+
+def transformers_engine(model: str, dtype: str, **settings: Any) -> Engine:
+    """`generate` of transformers with these settings; end tokens are ignored."""
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+    lm.to("cuda" if torch.cuda.is_available() else "cpu")
+    lm.generation_config.eos_token_id = None
+    lm.generation_config.pad_token_id = 0
+
+    def run(prompts: list[list[int]], length: int) -> int:
+        ids = torch.tensor(prompts, device=lm.device)
+        out = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, **settings)
+        return int(out.shape[0] * (out.shape[1] - ids.shape[1]))
+
+    return run
 
 
 def measure(engines: dict[str, Engine], args: argparse.Namespace) -> list[dict[str, Any]]:

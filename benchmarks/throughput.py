@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from pagefork import LLM, SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent))
-from paired import Engine, add_load, measure, parsed, summarise
+from paired import Engine, add_load, measure, parsed, summarise, transformers_engine
 from shared import RANDOM_LLAMA, ROOT, facts, random_llama
 
 TOP_P = 0.95
@@ -35,21 +34,6 @@ def pagefork_engine(model: str, dtype: str, sequences: int) -> Engine:
         params = SamplingParams(top_p=TOP_P, max_tokens=length, ignore_eos=True)
         outputs = llm.generate(prompts, params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
-
-    return run
-
-
-def transformers_engine(model: str, dtype: str) -> Engine:
-    lm = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
-    lm.to("cuda" if torch.cuda.is_available() else "cpu")
-    lm.generation_config.eos_token_id = None
-    lm.generation_config.pad_token_id = 0
-
-    def run(prompts: list[list[int]], length: int) -> int:
-        ids = torch.tensor(prompts, device=lm.device)
-        mask = torch.ones_like(ids)
-        out = lm.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_p=TOP_P, top_k=0, max_new_tokens=length)
-        return int(out.shape[0] * (out.shape[1] - ids.shape[1]))
 
     return run
 
@@ -91,7 +75,7 @@ def main() -> None:
     model = args.model or random_llama()
     engines = {
         "pagefork": pagefork_engine(model, args.dtype, args.prompts),
-        "transformers": transformers_engine(model, args.dtype),
+        "transformers": transformers_engine(model, args.dtype, do_sample=True, temperature=1.0, top_p=TOP_P, top_k=0),
     }
     runs = measure(engines, args)
     summary = summarise(runs, list(engines))

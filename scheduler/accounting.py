@@ -24,8 +24,8 @@ class Usage(msgspec.Struct):
 
     forward_tokens: tokens computed for it, recomputed ones too. forks: sequences that began as copies of others, blocks and
     all. blocks_copied: blocks copied on write. blocks_freed: blocks that its sequences let go while it ran.
-    shared_block_ratio: of the blocks that its sequences would hold if none shared, the part that was not needed, at the
-    moment when they would have held the most.
+    shared_block_ratio: of the blocks that its sequences would hold if none shared, the part that was not needed; as measured
+    last, which is done anew whenever they would hold more than 9/8 of the blocks of the time before.
     """
 
     forward_tokens: int = 0
