@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pagefork.scheduler.endings import described
 from pagefork.scheduler.errors import InvalidRequestError, ParameterError
 from pagefork.scheduler.params import CommonParams, SamplingParams
 from pagefork.scheduler.plan import Spec
@@ -18,6 +19,7 @@ from pagefork.scheduler.request import Request
 from .models.config import ModelConfig
 from .text_rules import StopTexts
 from .tokenizer import Tokenizer
+from .value_functions import MakesValueFunction
 
 Prompt = str | Sequence[int]
 
@@ -33,6 +35,7 @@ class Admission:
         max_model_len: int,
         seed: int,
         has_hidden_states: bool,
+        value_functions: Mapping[str, MakesValueFunction],
     ) -> None:
         self._config = config
         self._first_token = first_token
@@ -43,6 +46,7 @@ class Admission:
         self._max_model_len = max_model_len
         self._seed = seed
         self._has_hidden_states = has_hidden_states
+        self._value_functions = value_functions
         self._processors = itertools.count(1)
 
     def request(self, request_id: str, prompt: Prompt, params: CommonParams, priority: int = 0) -> Request:
@@ -71,6 +75,7 @@ class Admission:
         if params.min_tokens > max_tokens:
             raise InvalidRequestError(f"min_tokens={params.min_tokens}, but prompt and max_model_len leave room for {max_tokens}")
         self._check_ids(params)
+        params = self._named(params, prompt, ids)
         model_end = frozenset() if params.ignore_eos else self._model_ends
         end_ids = model_end | frozenset(params.stop_token_ids)
         if params.min_tokens and params.allowed_token_ids and end_ids.issuperset(params.allowed_token_ids):
@@ -109,6 +114,20 @@ class Admission:
             raise InvalidRequestError('the prompt is an empty list of token ids; pass "" to start from the model\'s first token')
         self._check_range("the prompt", ids)
         return ids
+
+    def _named(self, params: CommonParams, prompt: Prompt, ids: Sequence[int]) -> CommonParams:
+        """Parameters that name a value function, with that function, made for the prompt's text."""
+        name = getattr(params, "value_fn", None)
+        if not isinstance(name, str):
+            return params
+        if name not in self._value_functions:
+            raise ParameterError(f"the engine has no value function {name!r:.80}; it has {', '.join(self._value_functions)}")
+        text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids, True) if self._tokenizer is not None else ""
+        try:
+            made = self._value_functions[name](text)
+        except Exception as error:
+            raise ParameterError(f"value function {name!r} can't be made for this prompt: {described(error)}") from error
+        return params.replace(value_fn=made)
 
     def _check_range(self, what: str, ids: Sequence[int]) -> None:
         vocab = self._config.vocab_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future
 from enum import Enum
 from typing import Any, Self, TypeVar
@@ -20,6 +20,7 @@ from .engine_thread import EngineThread
 from .outputs import EngineStats, RequestOutput
 from .stream import Stream
 from .tokenizer import Tokenizer
+from .value_functions import MakesValueFunction
 
 logger = logging.getLogger("pagefork")
 
@@ -54,12 +55,13 @@ class AsyncLLMEngine:
     tokenizer: Tokenizer | None
     max_model_len: int
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, value_functions: Mapping[str, MakesValueFunction] | None = None) -> None:
         self.config = config
+        self._value_functions = value_functions
         self._state = _State.NEW
         self._failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop
-        self._thread: EngineThread
+        self._thread: EngineThread[Stream]
         self._ended: asyncio.Future[BaseException | None]
         self._streams: dict[str, Stream] = {}
         self._calls: set[Future[Any]] = set()
@@ -78,7 +80,7 @@ class AsyncLLMEngine:
         if self._state is not _State.NEW:
             raise EngineMisuseError("an AsyncLLMEngine starts once; make a new one")
         self._loop = asyncio.get_running_loop()
-        self._thread = EngineThread(self.config, self._loop, self._deliver)
+        self._thread = EngineThread(self.config, lambda: self._loop.call_soon_threadsafe(self._deliver), self._value_functions)
         self._ended = asyncio.wrap_future(self._thread.ended)
         self._ended.add_done_callback(self._end)
         self._thread.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from types import FrameType
@@ -24,6 +24,7 @@ from .config import EngineConfig
 from .generation_config import default_params
 from .output_processor import OutputProcessor, Pieces
 from .outputs import EngineStats, RequestOutput
+from .value_functions import VALUE_FUNCTIONS, MakesValueFunction
 
 logger = logging.getLogger("pagefork")
 
@@ -36,7 +37,8 @@ class LLMEngine:
     Raises ModelError for a checkpoint that can't be loaded, ConfigError for settings that don't go together.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, value_functions: Mapping[str, MakesValueFunction] | None = None) -> None:
+        """`value_functions`: further ones that parameters can name; each takes a prompt's text and returns a value function."""
         if not isinstance(config, EngineConfig):
             raise ConfigError(f"LLMEngine takes an EngineConfig, got {type(config).__name__}")
         self.config = config
@@ -59,6 +61,7 @@ class LLMEngine:
             self.max_model_len,
             config.seed,
             has_hidden_states=self._built.cache.hidden is not None,
+            value_functions={**VALUE_FUNCTIONS, **(value_functions or {})},
         )
         self._asking = Asking()
         self._pieces = Pieces(self.tokenizer)
@@ -186,6 +189,10 @@ class LLMEngine:
             raise EngineMisuseError("an LLMEngine belongs to the thread that used it first; call it from that thread only")
         if self._stepping:
             raise EngineMisuseError("the engine was called from inside its own step; wait until step() has returned")
+
+    def occupancy(self) -> tuple[int, int, int]:
+        """Requests that run, requests that wait, and free blocks: what stats() says of them, for every step to ask."""
+        return self._scheduler.num_running, len(self._scheduler.residents.waiting), self._scheduler.kv.pool.free
 
     def stats(self) -> EngineStats:
         """Numbers of this moment and totals since the start."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from .engine_thread import Queued
 from .outputs import RequestOutput
 
 
@@ -20,8 +21,10 @@ class Stream:
         self._error: Exception | None = None
         self._news = asyncio.Event()
 
-    def put(self, event: RequestOutput | Exception) -> None:
+    def put(self, event: RequestOutput | Exception | Queued) -> None:
         """The next output, or what ends the request without one."""
+        if isinstance(event, Queued):
+            return
         if isinstance(event, RequestOutput):
             self._newest = event
         if isinstance(event, Exception):

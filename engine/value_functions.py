@@ -40,6 +40,7 @@ class Leaf(Protocol):
 
 
 ValueFunction = Callable[[Sequence[Any]], list[float]]
+MakesValueFunction = Callable[[str], ValueFunction]  # for a prompt's text
 
 
 def log_probability(leaves: Sequence[Leaf]) -> list[float]:
@@ -64,8 +65,8 @@ def parses_as_python(prompt: str = "") -> ValueFunction:
     return lambda leaves: [_share_before_error(prompt, leaf.text, ended=leaf.finish_reason == "stop") for leaf in leaves]
 
 
-# By the names that the command line knows, each made for a prompt's text.
-VALUE_FUNCTIONS: dict[str, Callable[[str], ValueFunction]] = {
+# By the names that every engine knows.
+VALUE_FUNCTIONS: dict[str, MakesValueFunction] = {
     "log_probability": lambda prompt: log_probability,
     "brackets_balance": brackets_balance,
     "parses_as_python": parses_as_python,

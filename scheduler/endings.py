@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from .errors import InvalidRequestError, KVExhaustedError, NoTokenError, NumericError, PageforkError, StepFailedError
+from .errors import (
+    BudgetExceededError,
+    InvalidRequestError,
+    KVExhaustedError,
+    NoTokenError,
+    NumericError,
+    PageforkError,
+    StepFailedError,
+)
 from .group import Group
 from .params import CommonParams
 
@@ -41,6 +49,14 @@ def exhausted(group: Group, num_blocks: int, block_size: int) -> PageforkError:
     return KVExhaustedError(
         f"request {group.request.id!r} filled the whole cache ({num_blocks} blocks of {block_size} tokens) and could not go on: "
         f"raise num_blocks or kv_cache_memory, or lower {group.request.params.widened_by} or max_tokens"
+    )
+
+
+def over_budget(group: Group) -> PageforkError:
+    """More was computed for it than it may cost."""
+    return BudgetExceededError(
+        f"request {group.request.id!r} computed {group.usage.forward_tokens} tokens; it may compute "
+        f"{group.request.max_forward_tokens} (max_forward_tokens): lower {group.request.params.widened_by} or max_tokens"
     )
 
 

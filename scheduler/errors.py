@@ -30,6 +30,10 @@ class KVExhaustedError(PageforkError):
     """A group that had the whole cache to itself could not take its next step."""
 
 
+class BudgetExceededError(PageforkError):
+    """A request computed more tokens than it may."""
+
+
 class NumericError(PageforkError):
     """The model returned NaN, or nothing but -inf, for a row of this request."""
 
@@ -52,6 +56,24 @@ class EngineMisuseError(PageforkError, RuntimeError):
 
 class EngineDeadError(PageforkError):
     """The engine stopped for good: it was shut down, or failed in a way that it can't go on from; the cause is attached."""
+
+
+class ServiceError(PageforkError):
+    """What an engine in another process answered with, or that it is gone.
+
+    code: one of `pagefork.wire.Code`, for programs. retry_after_ms: when to try again, where that is known. retry_safe:
+    whether nothing had come of the request, so that the same one can be sent again. output: what had come of it.
+    """
+
+    def __init__(
+        self, code: str, message: str, retry_after_ms: int | None = None, retry_safe: bool = False, output: object = None
+    ) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+        self.retry_after_ms = retry_after_ms
+        self.retry_safe = retry_safe
+        self.output = output
 
 
 class BlockAccountingError(PageforkError, AssertionError):

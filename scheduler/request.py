@@ -28,7 +28,8 @@ class Request:
 
     `end_ids` end an output (the model's own, unless ignored, and `params.stop_token_ids`); `limit` is the
     length at which a sequence is full, prompt included; `salt` separates prefix caches. `prompt_logprobs`: score the
-    prompt's own tokens, and read so many of the most probable ones at each.
+    prompt's own tokens, and read so many of the most probable ones at each. `max_forward_tokens`: computed for it, all in
+    all; it fails soon after.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Request:
     rules: TextRules | None = None
     prompt_logprobs: int | None = None
     salt: str = ""
+    max_forward_tokens: int = 1 << 62
     extra: dict[str, Any] = field(default_factory=dict)
     room: int = field(init=False)  # tokens that an output can have
 

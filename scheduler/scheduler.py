@@ -238,6 +238,8 @@ class Scheduler:
             self._editor.apply(group, decide(*args), update, read, children)
         except BaseException as error:  # noqa: BLE001 - what a strategy calls may raise anything; it ends its own request
             update.error = endings.strategy_failed(group, error)
+        if group.usage.forward_tokens > group.request.max_forward_tokens and group.unfinished and update.error is None:
+            update.error = endings.over_budget(group)
 
     def _close(self, touched: Collection[tuple[Group, Update]]) -> list[Update]:
         """End the groups that are over; fail those that have nothing left to compute and are not."""

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
 from .errors import ParameterError
-from .params import CommonParams, Seed
+from .params import CommonParams, SamplingParams, Seed
 
 _Width = Annotated[int, Meta(ge=1, lt=2**20)]
+
+
+if TYPE_CHECKING:
+    ValueFn = Callable[[list[Any]], Sequence[float]] | str | None
+else:  # msgspec has no union of a function and a text
+    ValueFn = Any
 
 
 class BeamSearchParams(CommonParams, frozen=True, kw_only=True, tag="beam"):
@@ -92,8 +98,9 @@ class ContrastiveSearchParams(CommonParams, frozen=True, kw_only=True, tag="cont
 class MCTSParams(CommonParams, frozen=True, kw_only=True, tag="mcts"):
     """Monte Carlo tree search over tokens, guided by the model's probabilities and by values of what they lead to.
 
-    value_fn, in process only, takes a list of `Leaf` and returns one number for each, the higher the better. It is called in
-    a thread of its own, once per wave of leaves. Without one a leaf is worth exp(mean log-prob of its generated tokens).
+    value_fn takes a list of `Leaf` and returns one number for each, the higher the better. It is called in a thread of its
+    own, once per wave of leaves. A text names one that the engine has: log_probability, brackets_balance, parses_as_python,
+    or what it was given; over the wire there are only names. None: exp(mean log-prob of the generated tokens).
 
     Raises ParameterError (a ValueError) for anything that can't be honoured.
     """
@@ -111,7 +118,7 @@ class MCTSParams(CommonParams, frozen=True, kw_only=True, tag="mcts"):
     fpu: Annotated[Literal["parent", "zero"], Meta(description="Value of a child that was not visited: its parent's, or 0")] = (
         "parent"
     )
-    value_fn: Callable[[list[Any]], Sequence[float]] | None = None
+    value_fn: ValueFn = None
     value_timeout: Annotated[float, Meta(gt=0, le=1e6, description="Seconds that one call of value_fn may take")] = 60.0
     reuse_tree: Annotated[bool, Meta(description="Keep the subtree of the token that was chosen")] = True
     visit_temperature: Annotated[
@@ -122,6 +129,9 @@ class MCTSParams(CommonParams, frozen=True, kw_only=True, tag="mcts"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        given: Any = self.value_fn
+        if not (given is None or isinstance(given, str) or callable(given)):
+            raise ParameterError(f"MCTSParams: value_fn={given!r:.80} is refused: it is a function, or the name of one")
         if self.n > 1 and self.visit_temperature == 0:
             raise ParameterError(
                 f"visit_temperature=0 takes the most visited token: all {self.n} outputs would be the same; raise it"
@@ -140,3 +150,6 @@ class MCTSParams(CommonParams, frozen=True, kw_only=True, tag="mcts"):
     def drawing(self) -> dict[str, Any]:
         """The fields of a Spec that say how priors and draws come from logits."""
         return {"temperature": self.temperature, "seed": self.seed}
+
+
+AnyParams = SamplingParams | BeamSearchParams | ContrastiveSearchParams | MCTSParams

@@ -203,10 +203,11 @@ class MCTS(Base):
 
     def _value(self, group: Group) -> list[Edit]:
         """Ask what the leaves are worth, those of all trees at once, or say so."""
-        if self._params.value_fn is not None:
+        value_fn = self._params.value_fn
+        if value_fn is not None and not isinstance(value_fn, str):  # a name has become a function before
             asked = [Leaf(self._prompt, tip.tokens(), tip.cumulative, tip.ended[0] if tip.ended else None) for tip in self._tips]
             stops = [tip.ended[1] if tip.ended else None for tip in self._tips]
-            call = partial(_valued, self._params.value_fn, self._request.rules, stops)
+            call = partial(_valued, value_fn, self._request.rules, stops)
             return [Ask(call, asked, self._params.value_timeout)]
         for leaf, tip in zip(self._leaves, self._tips, strict=True):
             leaf.own = _default(tip)

@@ -1,0 +1,1 @@
+"""The service: an engine behind a ZeroMQ socket."""
