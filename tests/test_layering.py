@@ -16,7 +16,7 @@ FILES = sorted(path for folder in PACKAGE_OF for path in (ROOT / folder).rglob("
 # generation_config.json is a file of transformers with names of its own.
 NAMES_STRATEGIES = [
     *("scheduler/strategies/", "scheduler/params.py", "scheduler/search_params.py"),
-    *("engine/__init__.py", "engine/cli/", "engine/demo/", "engine/generation_config.py"),
+    *("engine/__init__.py", "engine/cli/", "engine/demo/", "engine/generation_config.py", "engine/limits.py"),
 ]
 
 

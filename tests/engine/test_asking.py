@@ -19,7 +19,16 @@ import pytest
 import torch
 from support.serving import GREEDY, found, idle, read, running
 
-from pagefork import EngineConfig, Leaf, LLMEngine, MCTSParams, RequestOutput, SamplingParams, ValueFunctionError
+from pagefork import (
+    EngineConfig,
+    Leaf,
+    LLMEngine,
+    MCTSParams,
+    ParameterError,
+    RequestOutput,
+    SamplingParams,
+    ValueFunctionError,
+)
 from pagefork.asking import Answer, Asking
 from pagefork.scheduler.strategies.base import Ask
 
@@ -433,3 +442,37 @@ asking.wait(60)
 print(asking.collect())"""
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert "0.1 seconds" in done.stdout and (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_value_function_is_named_where_the_engine_has_it_and_made_for_the_prompts_text() -> None:
+    prompts = []
+
+    def made(prompt: str) -> Callable[[list[Leaf]], list[float]]:
+        prompts.append(prompt)
+        return liking
+
+    engine = LLMEngine(EngineConfig(model="demo", num_blocks=200), value_functions={"liking": made})
+    by_name, itself = SEARCH.replace(value_fn="liking"), SEARCH.replace(value_fn=liking)
+    assert engine.tokenizer is not None
+    ids = engine.tokenizer.encode("import os\n")
+    results = {}
+    for request_id, prompt, params in [("name", "import os\n", by_name), ("ids", ids, by_name), ("function", ids, itself)]:
+        engine.add_request(request_id, prompt, params)
+        while engine.has_unfinished_requests():
+            results |= {output.request_id: output for output in engine.step()}
+    assert prompts == ["import os\n"] * 2
+    tokens = {name: output.outputs[0].token_ids for name, output in results.items()}
+    assert tokens["name"] == tokens["ids"] == tokens["function"]
+
+
+def test_a_name_of_no_value_function_and_one_that_can_not_be_made_are_refused() -> None:
+    def unmade(prompt: str) -> Callable[[list[Leaf]], list[float]]:
+        raise LookupError(prompt)
+
+    engine = LLMEngine(EngineConfig(model="demo", num_blocks=100), value_functions={"unmade": unmade})
+    known = "log_probability, brackets_balance, parses_as_python, unmade"
+    with pytest.raises(ParameterError, match=f"no value function 'mine'; it has {known}"):
+        engine.add_request("0", "x", SEARCH.replace(value_fn="mine"))
+    with pytest.raises(ParameterError, match="'unmade' can't be made for this prompt: LookupError"):
+        engine.add_request("0", "x", SEARCH.replace(value_fn="unmade"))
+    assert not engine.has_unfinished_requests()

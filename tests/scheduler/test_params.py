@@ -119,7 +119,7 @@ SEARCHES_REFUSED: list[tuple[type[CommonParams], dict[str, Any], str]] = [
     (MCTSParams, {"num_simulations": 0}, "num_simulations=0"),
     (MCTSParams, {"n": 2}, "visit_temperature=0 takes the most visited token"),
     (MCTSParams, {"temperature": 0.0}, "temperature=0.0"),
-    (MCTSParams, {"value_fn": 3}, "value_fn=3 is refused: it is not callable"),
+    (MCTSParams, {"value_fn": 3}, "value_fn=3 is refused: it is a function, or the name of one"),
     (MCTSParams, {"selection": "random"}, "it is one of 'puct', 'ucb1'"),
     (SamplingParams, {"beam_width": 4}, "no parameter 'beam_width'; it belongs to BeamSearchParams"),
 ]

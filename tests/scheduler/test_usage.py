@@ -10,8 +10,9 @@ from support.requests import GREEDY, prompt
 from support.toys import BeamToy, BeamToyParams
 
 from pagefork.scheduler.accounting import Trace, Usage
+from pagefork.scheduler.errors import BudgetExceededError
 from pagefork.scheduler.group import Group
-from pagefork.scheduler.params import SamplingParams
+from pagefork.scheduler.params import CommonParams, SamplingParams
 from pagefork.scheduler.plan import Plan
 from pagefork.scheduler.strategies.base import Edit, Ids
 
@@ -128,3 +129,23 @@ def test_a_trace_comes_with_the_last_update_whatever_the_end(traced: type[BeamTo
     assert len(harness.requests[aborted].trace.steps) == 3  # type: ignore[union-attr]
     assert harness.requests[failed].trace is not None and harness.requests[failed].error is not None
     assert harness.requests[unasked].trace is None
+
+
+@pytest.mark.parametrize("params", [SamplingParams(n=3, max_tokens=40), BeamToyParams(width=3, max_tokens=40)])
+def test_a_request_over_its_budget_of_computed_tokens_fails_alone_and_within_a_step(params: CommonParams) -> None:
+    harness = Harness(200, 4, 12, 64)
+    name = harness.add(prompt(20), params, max_forward_tokens=50)
+    other = harness.add(prompt(20), GREEDY)
+    harness.run()
+    error = harness.requests[name].error
+    assert isinstance(error, BudgetExceededError) and "it may compute 50 (max_forward_tokens)" in str(error)
+    assert 50 < usage(harness, name).forward_tokens <= 50 + 3
+    assert harness.requests[other].error is None
+    harness.assert_expected(BudgetExceededError)
+
+
+def test_a_request_within_its_budget_is_left_alone() -> None:
+    harness = Harness(200, 4, 12, 64)
+    name = harness.add(prompt(20), SamplingParams(n=3, max_tokens=11), max_forward_tokens=20 + 3 * 10)
+    harness.run()
+    assert harness.requests[name].error is None and usage(harness, name).forward_tokens == 50
