@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import operator
-from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,11 +15,10 @@ from pagefork.scheduler.plan import Spec
 from pagefork.scheduler.request import Request
 
 from .models.config import ModelConfig
+from .prompts import Prompt, PromptReader
 from .text_rules import StopTexts
 from .tokenizer import Tokenizer
 from .value_functions import MakesValueFunction
-
-Prompt = str | Sequence[int]
 
 
 class Admission:
@@ -38,7 +35,7 @@ class Admission:
         value_functions: Mapping[str, MakesValueFunction],
     ) -> None:
         self._config = config
-        self._first_token = first_token
+        self.prompts = PromptReader(tokenizer, first_token, config.vocab_size)
         # Where neither config.json nor generation_config.json names one, what the tokenizer calls the end is.
         ends = config.eos_token_ids or ((tokenizer.eos_token_id,) if tokenizer else ())
         self._model_ends = frozenset(token for token in ends if token is not None and 0 <= token < config.vocab_size)
@@ -64,7 +61,7 @@ class Admission:
                 f"{type(params).__name__} needs the hidden states of earlier tokens, which this engine doesn't keep: "
                 "start it with hidden_states=True"
             )
-        ids = self._tokens(prompt)
+        ids = self.prompts.read(prompt)
         if len(ids) >= self._max_model_len:
             raise InvalidRequestError(
                 f"the prompt has {len(ids)} tokens; max_model_len={self._max_model_len} allows at most "
@@ -96,25 +93,6 @@ class Admission:
             extra={"vocab_size": self._config.vocab_size},
         )
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise InvalidRequestError("the checkpoint has no tokenizer: pass the prompt as a list of token ids")
-            ids = self._tokenizer.encode(prompt) or ([] if self._first_token is None else [self._first_token])
-            if not ids:
-                raise InvalidRequestError("the prompt is empty, and the model has no token to start from")
-            self._check_range("the prompt", ids)  # a tokenizer may know tokens that the model has no embedding for
-            return ids
-        if hasattr(prompt, "tolist"):  # an array
-            prompt = prompt.tolist()
-        if isinstance(prompt, bytes | bytearray | Mapping | Set) or not isinstance(prompt, Iterable):
-            raise InvalidRequestError(f"a prompt is a text or a list of token ids, got {type(prompt).__name__}")
-        ids = [_token_id(token) for token in prompt]
-        if not ids:
-            raise InvalidRequestError('the prompt is an empty list of token ids; pass "" to start from the model\'s first token')
-        self._check_range("the prompt", ids)
-        return ids
-
     def _named(self, params: CommonParams, prompt: Prompt, ids: Sequence[int]) -> CommonParams:
         """Parameters that name a value function, with that function, made for the prompt's text."""
         name = getattr(params, "value_fn", None)
@@ -122,23 +100,17 @@ class Admission:
             return params
         if name not in self._value_functions:
             raise ParameterError(f"the engine has no value function {name!r:.80}; it has {', '.join(self._value_functions)}")
-        text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids, True) if self._tokenizer is not None else ""
+        text = self.prompts.text(prompt, ids)
         try:
             made = self._value_functions[name](text)
-        except Exception as error:
+        except BaseException as error:  # an exit of the user's ends his request and nothing else
             raise ParameterError(f"value function {name!r} can't be made for this prompt: {described(error)}") from error
         return params.replace(value_fn=made)
 
-    def _check_range(self, what: str, ids: Sequence[int]) -> None:
-        vocab = self._config.vocab_size
-        for token in ids:
-            if not 0 <= token < vocab:
-                raise InvalidRequestError(f"{what} has token id {token}; the model's ids go from 0 to {vocab - 1}")
-
     def _check_ids(self, params: CommonParams) -> None:
-        self._check_range("stop_token_ids", params.stop_token_ids)
-        self._check_range("allowed_token_ids", params.allowed_token_ids or ())
-        self._check_range("logit_bias", list(params.logit_bias or ()))
+        self.prompts.check_range("stop_token_ids", params.stop_token_ids)
+        self.prompts.check_range("allowed_token_ids", params.allowed_token_ids or ())
+        self.prompts.check_range("logit_bias", list(params.logit_bias or ()))
         if (params.needs_text or params.bad_words) and self._tokenizer is None:
             raise ParameterError("stop, bad_words, rank_by and value_fn need a tokenizer, which the checkpoint doesn't have")
 
@@ -180,7 +152,7 @@ class Admission:
         assert self._tokenizer is not None
         forms = [self._tokenizer.encode_plain(text) for word in words for text in (word, " " + word.lstrip())]
         for ids in forms:
-            self._check_range("bad_words", ids)
+            self.prompts.check_range("bad_words", ids)
         return tuple(dict.fromkeys(tuple(ids) for ids in forms if ids))
 
 
@@ -190,15 +162,6 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _token_id(token: Any) -> int:
-    try:
-        if isinstance(token, bool):
-            raise TypeError
-        return operator.index(token)
-    except TypeError:
-        raise InvalidRequestError(f"the prompt holds {token!r}; a list prompt holds token ids (integers)") from None
 
 
 def _mix(seed: int, request_id: str) -> int:

@@ -13,11 +13,11 @@ from typing import Any, Self, TypeVar
 from pagefork.scheduler.errors import EngineDeadError, EngineMisuseError, InvalidRequestError
 from pagefork.scheduler.params import CommonParams
 
-from .admission import Prompt
 from .config import EngineConfig
 from .core import LLMEngine
 from .engine_thread import EngineThread
 from .outputs import EngineStats, RequestOutput
+from .prompts import Prompt
 from .stream import Stream
 from .tokenizer import Tokenizer
 from .value_functions import MakesValueFunction

@@ -17,13 +17,14 @@ from pagefork.scheduler.params import CommonParams
 from pagefork.scheduler.request import Request
 from pagefork.scheduler.scheduler import Scheduler
 
-from .admission import Admission, Prompt
+from .admission import Admission
 from .asking import Answer, Asking
 from .build import Built, build
 from .config import EngineConfig
 from .generation_config import default_params
 from .output_processor import OutputProcessor, Pieces
 from .outputs import EngineStats, RequestOutput
+from .prompts import Prompt
 from .value_functions import VALUE_FUNCTIONS, MakesValueFunction
 
 logger = logging.getLogger("pagefork")
@@ -63,6 +64,7 @@ class LLMEngine:
             has_hidden_states=self._built.cache.hidden is not None,
             value_functions={**VALUE_FUNCTIONS, **(value_functions or {})},
         )
+        self.prompts = self._admission.prompts
         self._asking = Asking()
         self._pieces = Pieces(self.tokenizer)
         self._processors: dict[str, OutputProcessor] = {}

@@ -14,10 +14,10 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from pagefork.scheduler.params import CommonParams
 
-from .admission import Prompt
 from .config import EngineConfig
 from .core import LLMEngine
 from .outputs import RequestOutput
+from .prompts import Prompt
 from .value_functions import MakesValueFunction
 
 T = TypeVar("T")
@@ -208,7 +208,7 @@ class EngineThread(Generic[_Receiver]):
         engine.queue(request, prompt if isinstance(prompt, str) else None)
         self._receivers[receiver.request_id] = receiver
         if self._announce:
-            self._post({receiver: Queued(self.moment.waiting)})
+            self._post({receiver: Queued(engine.occupancy()[1] - 1)})
 
     def _discard(self, engine: LLMEngine, request_id: str) -> None:
         if self._receivers.pop(request_id, None) is not None:

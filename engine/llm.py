@@ -11,11 +11,11 @@ from typing import Any
 from pagefork.scheduler.errors import InvalidRequestError
 from pagefork.scheduler.params import CommonParams
 
-from .admission import Prompt
 from .config import EngineConfig
 from .core import LLMEngine
 from .outputs import RequestOutput
 from .progress import Bar
+from .prompts import Prompt
 
 logger = logging.getLogger("pagefork")
 

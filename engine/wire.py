@@ -316,9 +316,10 @@ ENGINE_TYPES: dict[int, type[msgspec.Struct]] = {
 class WireError(PageforkError):
     """Frames that are no message; `rid` where they say whose they were meant to be."""
 
-    def __init__(self, message: str, code: Code = Code.INVALID_ARGUMENT) -> None:
+    def __init__(self, message: str, code: Code = Code.INVALID_ARGUMENT, rid: str | None = None) -> None:
         super().__init__(message)
         self.code = code
+        self.rid = rid
 
 
 def _refuse_code(value: Any) -> Any:
@@ -364,8 +365,23 @@ def _decode(frames: Sequence[bytes], types: dict[int, type[msgspec.Struct]]) -> 
     try:
         message = _decoders[number].decode(frames[1])
     except Exception as error:  # noqa: BLE001 - deep nesting is a RecursionError; whatever it is, these bytes are no message
-        raise WireError(f"{types[number].__name__}: {error}") from None
+        raise WireError(f"{types[number].__name__}: {error}", rid=_rid_of(frames[1])) from None
     return message, bytes(frames[2]) if len(frames) == MAX_FRAMES else None
+
+
+class _Named(msgspec.Struct):
+    rid: Rid
+
+
+_named = msgspec.msgpack.Decoder(_Named)
+
+
+def _rid_of(body: bytes) -> str | None:
+    """Whose request a body is about that is no message otherwise."""
+    try:
+        return _named.decode(body).rid
+    except Exception:  # noqa: BLE001 - as above
+        return None
 
 
 def encode_tokens(tokens: Sequence[int]) -> bytes:

@@ -261,7 +261,7 @@ class KVManager:
         """Of the blocks that all sequences would hold if none shared, the part that is not needed."""
         table = self.table
         entries = int((table.trunk + table.cols)[table.alive].sum())
-        return 1.0 - np.count_nonzero(self.pool.refs[1:]) / entries if entries else 0.0
+        return 1.0 - int(np.count_nonzero(self.pool.refs[1:])) / entries if entries else 0.0
 
     def group_ratio(self, group: Group) -> float:
         """The same of one group."""

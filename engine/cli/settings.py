@@ -18,6 +18,7 @@ from pagefork.cli.fields import Field
 from pagefork.scheduler.errors import ConfigError
 
 PREFIX = "PAGEFORK_"
+_NO_FLAGS = {"PAGEFORK_CONFIG", "PAGEFORK_RUNTIME_DIR", "PAGEFORK_TOKEN", "PAGEFORK_API_KEY"}
 
 Settings = dict[str, Any]
 Fields = Mapping[str, tuple[Field, ...]]  # by flag; one that several Structs share has a field of each
@@ -70,7 +71,7 @@ def _from_environment(names: set[str], fields: Fields) -> Settings:
     found = {}
     for variable, text in sorted(os.environ.items()):
         key = variable.removeprefix(PREFIX).lower()
-        if not variable.startswith(PREFIX) or key == "config" or not text:
+        if not variable.startswith(PREFIX) or variable in _NO_FLAGS or not text:
             continue
         if key not in names:
             warn(f"{variable} in the environment is no flag{_meant(key, names, _variable)}")
