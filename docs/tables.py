@@ -1,7 +1,8 @@
 """Write the tables of parameters in these documents from the Structs themselves: `python docs/tables.py [--check]`.
 
-A table stands between `<!-- table of NAME -->` and `<!-- end -->`, where NAME is PRESETS or a public Struct of pagefork; with
-`<!-- table of own NAME -->` the fields that the Struct's base has too are left out.
+A table stands between `<!-- table of NAME -->` and `<!-- end -->`, where NAME is PRESETS, LIMITS, a public Struct of pagefork,
+MODULE.STRUCT, or wire.STRUCT for a part of a message; with `<!-- table of own NAME -->` the fields that the Struct's base has
+too are left out.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,16 +20,24 @@ import pagefork
 from pagefork.cli.fields import fields_of
 from pagefork.scheduler.params import PRESETS
 
-MARKED = re.compile(r"(<!-- table of (own )?(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+sys.path.insert(0, str(Path(__file__).parent))
+import messages
+
+MARKED = re.compile(r"(<!-- table of (own )?([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(name: str, own: bool = False) -> str:
+    if name == "LIMITS":
+        return messages.limits()
+    if name.startswith("wire."):
+        return messages.table(name.removeprefix("wire."))
     if name == "PRESETS":
         settings = {preset: ", ".join(f"{key} {value}" for key, value in fields.items()) for preset, fields in PRESETS.items()}
         rows = ["| name | settings |", "|---|---|"] + [f"| `{preset}` | {shown} |" for preset, shown in settings.items()]
     else:
         rows = ["| name | type | default | allowed | meaning |", "|---|---|---|---|---|"]
-        struct = getattr(pagefork, name)
+        module, _, last = name.rpartition(".")
+        struct = getattr(import_module(f"pagefork.{module}") if module else pagefork, last)
         known = {row[0] for row in parameters(struct.__base__)} if own else set()
         rows += [f"| {' | '.join(row)} |" for row in parameters(struct) if row[0] not in known]
     return "\n".join(rows) + "\n"

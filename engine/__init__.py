@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pagefork.async_engine import AsyncLLMEngine as AsyncLLMEngine
+    from pagefork.client.async_client import AsyncClient as AsyncClient
+    from pagefork.client.client import Client as Client
     from pagefork.config import EngineConfig as EngineConfig
     from pagefork.core import LLMEngine as LLMEngine
     from pagefork.llm import LLM as LLM
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from pagefork.scheduler.errors import NumericError as NumericError
     from pagefork.scheduler.errors import PageforkError as PageforkError
     from pagefork.scheduler.errors import ParameterError as ParameterError
+    from pagefork.scheduler.errors import ServiceError as ServiceError
     from pagefork.scheduler.errors import StepFailedError as StepFailedError
     from pagefork.scheduler.errors import ValueFunctionError as ValueFunctionError
     from pagefork.scheduler.params import SamplingParams as SamplingParams
@@ -42,6 +45,8 @@ __version__ = "0.1.0"
 
 _NAMES_OF = {
     "async_engine": ["AsyncLLMEngine"],
+    "client.async_client": ["AsyncClient"],
+    "client.client": ["Client"],
     "config": ["EngineConfig"],
     "core": ["LLMEngine"],
     "llm": ["LLM"],
@@ -59,6 +64,7 @@ _NAMES_OF = {
         "NumericError",
         "PageforkError",
         "ParameterError",
+        "ServiceError",
         "StepFailedError",
         "ValueFunctionError",
     ],

@@ -12,6 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.serving_process import serving
+
+from pagefork import LLM, SamplingParams
 from pagefork.demo import demo_path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -130,3 +133,16 @@ def test_searches_run_in_one_batch_and_tree_search_balances_its_brackets() -> No
     assert brackets_match("(" + tree)
     [(free, blocks)] = found(r"\d+ tokens in \d+ steps; (\d+) of (\d+) blocks are free", shown)
     assert free == blocks
+
+
+def test_the_bare_client_needs_two_packages_and_shows_what_the_engine_in_process_writes(demo: LLM) -> None:
+    prompt = "def read_lines(path):\n"
+    [expected] = demo.generate(prompt, SamplingParams(temperature=0, max_tokens=100), use_tqdm=False)
+    with serving() as served:
+        shown = run("bare_client.py", served.endpoint, prompt)
+        assert run("bare_client.py").startswith("def main(")
+    [output] = expected.outputs
+    assert shown == f"{prompt}{output.text}\n[{output.finish_reason}]\n"
+    tree = ast.parse((EXAMPLES / "bare_client.py").read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert imported - sys.stdlib_module_names == {"msgspec", "zmq"}
