@@ -12,12 +12,21 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE_OF = {"engine": "pagefork", "kernels": "pagefork.kernels", "scheduler": "pagefork.scheduler"}
 FILES = sorted(path for folder in PACKAGE_OF for path in (ROOT / folder).rglob("*.py"))
-# Decoding strategies have names in their own files, in the parameters that ask for them, and where users meet them;
-# generation_config.json is a file of transformers with names of its own.
+# Decoding strategies have names in their own files, in the parameters that ask for them, and where users meet them, such as
+# the fields of a body over HTTP; generation_config.json is a file of transformers with names of its own.
 NAMES_STRATEGIES = [
     *("scheduler/strategies/", "scheduler/params.py", "scheduler/search_params.py"),
-    *("engine/__init__.py", "engine/cli/", "engine/demo/", "engine/generation_config.py", "engine/limits.py"),
+    *(
+        "engine/__init__.py",
+        "engine/cli/",
+        "engine/demo/",
+        "engine/generation_config.py",
+        "engine/limits.py",
+        "engine/http/fields.py",
+    ),
 ]
+# Whose packages are optional: files that begin so, and the extra that brings what they import.
+EXTRA_OF = {"engine/http/": "http", "engine/cli/serving_": "bench"}
 
 
 def relative(path: Path) -> str:
@@ -62,9 +71,18 @@ def test_kernels_import_only_the_standard_library_numpy_torch_and_triton() -> No
 
 
 def test_engine_imports_only_what_the_package_declares() -> None:
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    names = {re.match(r"[\w-]+", entry)[0].replace("-", "_") for entry in declared}  # type: ignore[index]
-    assert foreign("engine", (names - {"pyzmq"}) | {"zmq"}) == []
+    """Some files may import what an extra of theirs brings besides."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    allowed = (names(project["dependencies"]) - {"pyzmq"}) | {"zmq"}
+    for prefix, extra in EXTRA_OF.items():
+        more = names(project["optional-dependencies"][extra])
+        assert [line for line in foreign("engine", allowed | more) if line.startswith(prefix)] == []
+    assert [line for line in foreign("engine", allowed) if not line.startswith((*EXTRA_OF,))] == []
+
+
+def names(requirements: list[str]) -> set[str]:
+    """What requirements are imported as."""
+    return {re.match(r"[\w-]+", entry)[0].replace("-", "_") for entry in requirements}  # type: ignore[index]
 
 
 def test_no_file_imports_our_folders_by_their_bare_names() -> None:

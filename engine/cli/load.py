@@ -6,17 +6,22 @@ import json
 import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 
 from pagefork.cli.machine import machine_facts
 from pagefork.config import EngineConfig
-from pagefork.core import LLMEngine
 from pagefork.scheduler.errors import InvalidRequestError
 from pagefork.scheduler.params import SamplingParams
+
+if TYPE_CHECKING:
+    from pagefork.core import LLMEngine
+
+T = TypeVar("T")
 
 
 class Work(NamedTuple):
@@ -35,61 +40,80 @@ class Timing(NamedTuple):
     generated: int
 
 
-class _Line(msgspec.Struct, forbid_unknown_fields=True):
+class Line(msgspec.Struct, forbid_unknown_fields=True):
+    """A line of a file of prompts."""
+
     prompt: str | None = None
     prompt_token_ids: list[int] | None = None
     messages: list[dict[str, Any]] | None = None
     max_tokens: int | None = None
     output_len: int | None = None
 
+    def length(self, default: int) -> int:
+        """Tokens to generate. Raises InvalidRequestError, also when there is not exactly one prompt."""
+        prompts = {"prompt": self.prompt, "prompt_token_ids": self.prompt_token_ids, "messages": self.messages}
+        given = [name for name, value in prompts.items() if value is not None]
+        lengths = [length for length in (self.max_tokens, self.output_len) if length is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise InvalidRequestError(f"a line has one of {', '.join(prompts)}; this one has {found}")
+        if len(lengths) > 1 or (lengths and lengths[0] < 1):
+            raise InvalidRequestError("max_tokens, or output_len, is one number >= 1")
+        return lengths[0] if lengths else default
+
 
 def random_work(engine: LLMEngine, draw: random.Random, count: int, input_len: int, output_len: int) -> list[Work]:
     """Prompts of random tokens: no two begin alike, so nothing comes from the prefix cache."""
     vocabulary = range(engine.info()["vocab_size"])
-    _check_room(engine, "a request", input_len, output_len)
+    check_room("a request", input_len, output_len, engine.max_model_len)
     return [Work(draw.choices(vocabulary, k=input_len), output_len) for _ in range(count)]
 
 
 def file_work(engine: LLMEngine, file: Path, count: int | None, output_len: int) -> list[Work]:
     """The first `count` lines of a file, None: all. Raises InvalidRequestError with the number of the line that is wrong."""
-    found: list[Work] = []
+
+    def work(line: Line) -> Work:
+        length = line.length(output_len)
+        found = Work(_tokens(engine, line), length)
+        check_room("the line", len(found.prompt), found.output_len, engine.max_model_len)
+        engine.prepare("line", found.prompt, SamplingParams())
+        return found
+
+    return read_lines(file, count, work)
+
+
+def read_lines(file: Path, count: int | None, convert: Callable[[Line], T]) -> list[T]:
+    """What `convert` makes of the first `count` lines of a file, None: all, but for those that are blank.
+
+    Raises InvalidRequestError with the number of the line that is wrong, and when the lines are too few.
+    """
+    found: list[T] = []
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         if not line.strip() or len(found) == count:
             continue
         try:
-            work = _work(engine, msgspec.json.decode(line, type=_Line), output_len)
-            _check_room(engine, "the line", len(work.prompt), work.output_len)
-            engine.prepare("line", work.prompt, SamplingParams())
+            found.append(convert(msgspec.json.decode(line, type=Line)))
         except (msgspec.MsgspecError, UnicodeDecodeError, InvalidRequestError) as error:
             raise InvalidRequestError(f"{file}:{number}: {error}") from None
-        found.append(work)
     if len(found) < (count or 1):
         raise InvalidRequestError(f"{file} has {len(found)} prompts, fewer than num_prompts={count or 1}")
     return found
 
 
-def _work(engine: LLMEngine, line: _Line, output_len: int) -> Work:
-    prompts = {name: getattr(line, name) for name in ("prompt", "prompt_token_ids", "messages")}
-    given = [name for name, value in prompts.items() if value is not None]
-    lengths = [length for length in (line.max_tokens, line.output_len) if length is not None]
-    if len(given) != 1:
-        raise InvalidRequestError(f"a line has one of {', '.join(prompts)}; this one has {' and '.join(given) or 'none of them'}")
-    if len(lengths) > 1 or (lengths and lengths[0] < 1):
-        raise InvalidRequestError("max_tokens, or output_len, is one number >= 1")
+def _tokens(engine: LLMEngine, line: Line) -> list[int]:
     if line.prompt_token_ids is not None:
-        ids = line.prompt_token_ids
-    elif engine.tokenizer is None:
+        return line.prompt_token_ids
+    if engine.tokenizer is None:
         raise InvalidRequestError("the checkpoint has no tokenizer: give prompt_token_ids")
-    elif line.prompt is not None:
-        ids = engine.tokenizer.encode(line.prompt)
-    else:
-        ids = engine.tokenizer.render_chat(line.messages or [])
-    return Work(ids, lengths[0] if lengths else output_len)
+    if line.prompt is not None:
+        return engine.tokenizer.encode(line.prompt)
+    return engine.tokenizer.render_chat(line.messages or [])
 
 
-def _check_room(engine: LLMEngine, what: str, input_len: int, output_len: int) -> None:
-    if input_len + output_len > engine.max_model_len:
-        raise InvalidRequestError(f"{what} has {input_len} + {output_len} tokens; max_model_len={engine.max_model_len}")
+def check_room(what: str, input_len: int, output_len: int, max_model_len: int) -> None:
+    """Raise InvalidRequestError for what is longer than the model takes."""
+    if input_len + output_len > max_model_len:
+        raise InvalidRequestError(f"{what} has {input_len} + {output_len} tokens; max_model_len={max_model_len}")
 
 
 def run_batch(engine: LLMEngine, batch: list[Work], n: int) -> Timing:

@@ -11,13 +11,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pagefork import __version__
 
 
 def machine_facts() -> dict[str, Any]:
     """The processor, the versions, and the command that was run."""
+    import torch
+
+    return {
+        **host_facts(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+
+
+def host_facts() -> dict[str, Any]:
+    """The same, of a process that computes nothing: without torch."""
     affinity = getattr(os, "sched_getaffinity", None)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -25,12 +36,8 @@ def machine_facts() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "pagefork": __version__,
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
     }
 
 

@@ -201,7 +201,7 @@ def test_a_table_holds_for_its_command_or_group_alone(file: Path, tmp_path: Path
     [
         ("tempratur = 1", ["'tempratur'", "temperature"]),
         ("[generate]\nnum-prompts = 3", ["[generate]", "'num-prompts'"]),
-        ("[bench]\ntop_k = 3", ["[bench]", "'top_k'"]),
+        ("[bench]\nsystem = 'x'", ["[bench]", "'system'"]),
         ("[serf]\ntop_k = 3", ["'serf'"]),
         ("top-k = 1\ntop_k = 2", ["'top_k'", "twice"]),
         ('config = "other.toml"', ["'config'"]),
