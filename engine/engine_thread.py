@@ -16,6 +16,7 @@ from pagefork.scheduler.params import CommonParams
 
 from .config import EngineConfig
 from .core import LLMEngine
+from .limits import check_room
 from .outputs import RequestOutput
 from .prompts import Prompt
 from .value_functions import MakesValueFunction
@@ -74,17 +75,19 @@ class EngineThread(Generic[_Receiver]):
         value_functions: Mapping[str, MakesValueFunction] | None = None,
         *,
         announce: bool = False,
+        strict: bool = False,
     ) -> None:
         """`wake` is called in the thread when take() has something; a RuntimeError of its says that nobody is left.
 
-        announce: receivers get a Queued when their request was accepted, unless an output comes at once.
+        announce: receivers get a Queued when their request was accepted, unless an output comes at once. strict: max_tokens
+        that do not fit max_model_len are refused, not cut.
         """
         self.ended: Future[BaseException | None] = Future()
         self.moment = Moment(time.monotonic())
         self._config = config
         self._value_functions = value_functions
         self._wake = wake
-        self._announce = announce
+        self._announce, self._strict = announce, strict
         self._queue: SimpleQueue[Callable[[LLMEngine], None]] = SimpleQueue()
         self._lock = threading.Lock()
         self._box: dict[_Receiver, Event] = {}
@@ -200,6 +203,8 @@ class EngineThread(Generic[_Receiver]):
         try:
             given = engine.default_params() if params is None else params
             request = replace(engine.prepare(receiver.request_id, prompt, given, priority), **fields)
+            if self._strict and params is not None:
+                check_room(len(request.prompt), params, engine.max_model_len)
         except Exception as error:  # noqa: BLE001 - a request that can't be prepared is nobody else's failure
             self._post({receiver: error})
             return

@@ -83,6 +83,15 @@ class Limits(Checked, frozen=True, kw_only=True):
         return {name: getattr(self, name) for name in self.__struct_fields__}
 
 
+def check_room(prompt: int, params: CommonParams, max_model_len: int) -> None:
+    """Raise LimitError when a prompt of so many tokens leaves no room for max_tokens."""
+    if params.max_tokens is not None and prompt + params.max_tokens > max_model_len:
+        raise LimitError(
+            f"max_tokens={params.max_tokens} after a prompt of {prompt} tokens are more than max_model_len={max_model_len}: "
+            f"at most {max_model_len - prompt} fit, which max_tokens=None asks for"
+        )
+
+
 _NUMBERS = {
     "n": "max_n",
     "best_of": "max_n",

@@ -27,7 +27,7 @@ from .reading import Flight, Reading, first_why, generation
 from .request import Request
 from .residents import Residents
 from .scoring import Part, scored, targets
-from .strategies.base import Edit, Finish, Ids, Strategy, make
+from .strategies.base import Edit, Finish, Ids, Strategy, discover, make
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Scheduler:
     counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
+        discover()
         self.kv = KVManager(self.num_blocks, self.block_size, self.enable_prefix_caching)
         self.residents = Residents(self.kv, self.max_num_seqs, self.max_num_batched_tokens)
         self._editor = Editor(self.kv, self.residents.slots)

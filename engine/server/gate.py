@@ -54,7 +54,7 @@ class EngineGate:
         """`wake` is called in other threads when take() has something, or one of the futures has."""
         self._wake = wake
         self._log_prompts = log_prompts
-        self._thread: EngineThread[Ticket] = EngineThread(config, wake, value_functions, announce=True)
+        self._thread: EngineThread[Ticket] = EngineThread(config, wake, value_functions, announce=True, strict=True)
         self._pool = ThreadPoolExecutor(_TOKENIZERS, "pagefork-tokenizer")
         self._reading: dict[str, _Reading] = {}
         self._aborted: set[str] = set()  # of those that are being tokenised

@@ -227,8 +227,11 @@ def register(strategy: Any) -> Any:
 
 
 @cache
-def _discover() -> None:
-    """Import every module beside this one, so that each registers its own."""
+def discover() -> None:
+    """Import every module beside this one, so that each registers its own.
+
+    To be called before requests come: a process that can open no more files finds none, and none later.
+    """
     package = importlib.import_module(__package__)
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{__package__}.{module.name}")
@@ -236,7 +239,7 @@ def _discover() -> None:
 
 def make(request: Request) -> Strategy:
     """The strategy for a request's parameters. Raises ParameterError when there is none."""
-    _discover()
+    discover()
     if type(request.params) not in _STRATEGIES:
         known = ", ".join(sorted(kind.__name__ for kind in _STRATEGIES))
         raise ParameterError(f"no strategy for {type(request.params).__name__}; there are {known}")

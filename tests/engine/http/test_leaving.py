@@ -104,7 +104,11 @@ def test_a_client_that_reads_nothing_loses_its_answer(served: Served, tmp_path: 
     """The echoes of many prompts are more than the buffers of two sockets take."""
     until(lambda: is_idle(served))
     with gateway(served, tmp_path, unread_seconds=0.5, max_calls=1) as pair:
-        raw = send(pair, LONG | {"stream": True, "echo": True, "n": 64, "prompt": ["x " * 400] * 128}, receive_buffer=4096)
+        raw = send(
+            pair,
+            LONG | {"stream": True, "echo": True, "n": 64, "prompt": ["x " * 400] * 128, "max_tokens": 100},
+            receive_buffer=4096,
+        )
         until(lambda: "read nothing" in pair.log(), seconds=30)
         until(lambda: is_idle(served) and pair.complete().status_code == 200, seconds=30)
         raw.close()

@@ -13,6 +13,7 @@ import pytest
 
 from pagefork import LLM, EngineConfig, EngineStats, InvalidRequestError, MCTSParams, RequestOutput, SamplingParams
 from pagefork.engine_thread import Event, Queued
+from pagefork.limits import LimitError
 from pagefork.server.gate import EngineGate
 from pagefork.value_functions import ValueFunction, brackets_balance
 
@@ -188,3 +189,19 @@ def test_prompts_are_logged_when_that_is_asked_for_and_else_not(
     monkeypatch.setattr(loop.gate, "_log_prompts", True)
     run(loop, "def secret(")
     assert [vars(record)["fields"]["prompt"] for record in caplog.records if record.msg == "request.prompt"] == ["def secret("]
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_an_output_that_does_not_fit_after_its_prompt_is_refused_by_one_token(loop: Loop, as_text: bool) -> None:
+    loaded = loop.gate.loaded.result()
+    prompt = "def f(a, b):\n"
+    ids = list(loaded.prompts.read(prompt))
+    room = loaded.facts["max_model_len"] - len(ids)
+    fits, none, over = Request(f"fits {as_text}"), Request(f"none {as_text}"), Request(f"over {as_text}")
+    for request, count in [(fits, room), (none, None), (over, room + 1)]:
+        loop.gate.add(request, prompt if as_text else ids, GREEDY.replace(max_tokens=count))
+    refusal = loop.end(over)
+    assert isinstance(refusal, LimitError) and f"at most {room} fit" in str(refusal)
+    for request in (fits, none):
+        output = loop.end(request)
+        assert isinstance(output, RequestOutput) and len(output.outputs[0].token_ids) == room
