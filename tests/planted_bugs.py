@@ -1,4 +1,4 @@
-"""Do the tests find bugs? Plants one-line bugs in copies of the scheduler and its strategies, and runs the tests on each.
+"""Do the tests find bugs? Plants one-line bugs in copies of the scheduler and the service, and runs the tests on each.
 
     python tests/planted_bugs.py [WORD ...]
 
@@ -22,12 +22,16 @@ SECONDS = 300  # that the tests of one bug may take
 
 
 class Bug(NamedTuple):
-    """`old` becomes `new` in a file of scheduler/; `tests` are to find that: files of tests/scheduler/, or a test of one."""
+    """`old` becomes `new` in a file of scheduler/; `tests` are to find that: files of tests/scheduler/, or a test of one.
+
+    part: scheduler, or engine, whose tests are those of tests/engine/.
+    """
 
     file: str
     old: str
     new: str
     tests: str
+    part: str = "scheduler"
 
 
 SHARING = "block_pool sharing scheduler"
@@ -180,19 +184,115 @@ BUGS = {
 }  # fmt: skip
 
 
+SIMULATION = "server/simulation::test_every_request_has_one_end_and_gets_what_it_gets_alone_whatever_happens"
+
+SERVICE_SOUND = Bug("server/service.py", "def receive(self", "def accept(self", "server/service_sessions", "engine")
+SERVICE_BUGS = {
+    # What is sent
+    "one token more than there is credit for": Bug(
+        "server/requests.py", "exchange.delivery.upto = credit.upto", "exchange.delivery.upto = credit.upto + 1", SIMULATION
+    ),
+    "a Finished that can't be sent is forgotten": Bug(
+        "server/courier.py",
+        "if not line.push(self._finished(exchange)):",
+        "if line.push(self._finished(exchange)) and False:",
+        SIMULATION,
+    ),
+    "Deltas that can't be sent are forgotten": Bug(
+        "server/courier.py", "exchange.delivery.unsend(delta)", "del delta", SIMULATION
+    ),
+    "what a client has does not count when it comes back": Bug(
+        "server/delivery.py", "cursor.tokens, cursor.characters = has.tokens, has.characters", "pass", SIMULATION
+    ),
+    "a new connection is sent what the old one was not": Bug(
+        "server/sessions.py", "exchange.delivery.paused = True", "exchange.delivery.paused = False", SIMULATION
+    ),
+    # Who may
+    "another body may have a rid that is taken": Bug(
+        "server/requests.py", "elif known.digest == digest:", "elif known.digest:", "server/service_requests"
+    ),
+    "a session is whoever's names it": Bug(
+        "server/sessions.py", "if session is not None and session.principal != principal:", "if session is None:", SIMULATION
+    ),
+    "any token will do": Bug(
+        "server/sessions.py",
+        "return hmac.compare_digest(hello.token.encode(), self._token.encode())",
+        "return True",
+        "server/service_sessions",
+    ),
+    "prefixes are shared between principals": Bug(
+        "server/requests.py", "salt=session.principal", 'salt=""', "server/service_requests"
+    ),
+    # Who is gone
+    "a lease never ends": Bug(
+        "server/sessions.py", "silent = session.heard + self._timing.lease", "silent = session.heard + 1e9", SIMULATION
+    ),
+    "a grace never ends": Bug(
+        "server/sessions.py", "elif now >= session.detached + self._timing.grace:", "elif now < 0:", SIMULATION
+    ),
+    "a client may take nothing for ever": Bug(
+        "server/requests.py",
+        "if now < exchange.blocked + self._stall:",
+        "if now < exchange.blocked + 1e9:",
+        "server/service_ends",
+    ),
+    "requests of a client that is gone go on": Bug(
+        "server/requests.py",
+        "                self._life.discard(exchange)\n            self.ledger.drop",
+        "            self.ledger.drop",
+        "server/service_sessions",
+    ),
+    "bad messages close nobody": Bug(
+        "server/session.py",
+        "return session.bad_frames >= _BAD_FRAMES",
+        "return session.bad_frames < 0",
+        "server/service_sessions",
+    ),
+    # What is kept
+    "reserved tokens are given back late": Bug(
+        "server/ledger.py", "        self.count(exchange, 0)\n        self._ends", "        self._ends", "server/service_requests"
+    ),
+    "terminals are kept for ever": Bug("server/ledger.py", "now + self._keep", "now + 1e9", "server/service_ends"),
+    "terminals are not kept": Bug("server/ledger.py", "now + self._keep", "now - self._keep", "server/service_ends"),
+    # Ends
+    "draining takes in new requests": Bug("server/requests.py", "if self.draining:", "if not self:", "server/service_ends"),
+    "draining forgets requests that wait": Bug(
+        "server/service.py",
+        "if self._requests.ledger.active:\n                self._agenda",
+        "if False:\n                self._agenda",
+        SIMULATION,
+    ),
+    "an abort that overtakes its prompt is forgotten": Bug(
+        "server/gate.py", "self._aborted.add(ticket.request_id)", "pass", "server/gate"
+    ),
+    # The client
+    "a client does not see that its session is gone": Bug(
+        "client/link.py", "if not message.resumed:", "if not message:", "client/client_state"
+    ),
+    "a client asks for all of it again": Bug("client/request.py", "Have(*self._have.get(index, (0, 0)))", "Have()", SIMULATION),
+    "a client takes what does not follow": Bug(
+        "client/request.py", "if part.start != tokens:", "if part.start < 0:", "client/client_state"
+    ),
+    "a client sends no Abort once it is back": Bug(
+        "client/state.py",
+        "        if request.aborted:\n            self.send(Abort(rid=request.rid))\n",
+        "",
+        "client/client_state",
+    ),
+}
+
+
 def main() -> None:
     words = sys.argv[1:]
-    chosen = {name: bug for name, bug in BUGS.items() if not words or any(word in name for word in words)}
+    everything = BUGS | {name: bug._replace(part="engine") for name, bug in SERVICE_BUGS.items()}
+    chosen = {name: bug for name, bug in everything.items() if not words or any(word in name for word in words)}
     for bug in chosen.values():
         planted(bug)
-    tests = sorted({name for bug in chosen.values() for name in bug.tests.split()})
-    if (broken := caught(None, tests)) is not None:
-        raise SystemExit(f"{broken} fails with no bug planted")
-    if caught(Bug("scheduler.py", "def schedule(self)", "def plan(self)", ""), ["scheduler"]) is None:
-        raise SystemExit("the tests pass without a scheduler: it is not the copy that they test")
+    for sound in (Bug("scheduler.py", "def schedule(self)", "def plan(self)", "scheduler"), SERVICE_SOUND):
+        check_the_tests(sound, [bug for bug in chosen.values() if bug.part == sound.part])
     missed = 0
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda bug: caught(bug, bug.tests.split()), chosen.values())
+        found = pool.map(caught, chosen.values())
         for name, by in zip(chosen, found, strict=True):
             print(f"{'MISSED' if by is None else 'caught'}  {name}{f': {by}' if by else ''}", flush=True)  # noqa: T201
             missed += by is None
@@ -200,16 +300,33 @@ def main() -> None:
     sys.exit(bool(missed))
 
 
-def caught(bug: Bug | None, tests: list[str]) -> str | None:
+def check_the_tests(fatal: Bug, bugs: list[Bug]) -> None:
+    """Those of `bugs` pass as the code is, and are tests of the copy: with a fatal change, some fail."""
+    if not bugs:
+        return
+    tests = " ".join(sorted({name for bug in bugs for name in bug.tests.split()}))
+    if (broken := caught(fatal._replace(new=fatal.old, tests=tests))) is not None:
+        raise SystemExit(f"{broken} fails with no bug planted")
+    if caught(fatal) is None:
+        raise SystemExit(f"the tests pass although {fatal.file} can't work: it is not the copy that they test")
+
+
+def caught(bug: Bug) -> str | None:
     """The first test that fails with the bug."""
     with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder) / "pagefork"  # it has no engine and is found before the installed one
-        shutil.copytree(ROOT / "scheduler", package / "scheduler")
-        (package / "__init__.py").touch()
-        if bug is not None:
-            (package / "scheduler" / bug.file).write_text(planted(bug))
+        package = Path(folder) / "pagefork"  # it is found before the installed one
+        if bug.part == "engine":
+            shutil.copytree(ROOT / "engine", package, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+            place = package
+        else:
+            package.mkdir()
+            (package / "__init__.py").touch()  # it has no engine
+            place = package / "scheduler"
+        shutil.copytree(ROOT / "scheduler", package / "scheduler", ignore=shutil.ignore_patterns("__pycache__"))
+        (place / bug.file).write_text(planted(bug))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--noconftest", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
-        command += [str(ROOT / f"tests/scheduler/test_{name if '::' in name else name + '.py'}") for name in tests]
+        command += [_path(bug.part, name) for name in bug.tests.split()]
         environment = {"PYTHONPATH": folder, "HYPOTHESIS_STORAGE_DIRECTORY": folder, "OMP_NUM_THREADS": "1"}
         try:
             done = subprocess.run(
@@ -217,15 +334,22 @@ def caught(bug: Bug | None, tests: list[str]) -> str | None:
             )
         except subprocess.TimeoutExpired:
             return f"hang: {SECONDS} s"
-        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED tests", "ERROR tests"))]
         if done.returncode and not failed:
             raise SystemExit(done.stdout + done.stderr)
         return failed[0].split(" - ")[0].split("::")[-1] if failed else None
 
 
+def _path(part: str, name: str) -> str:
+    """Of the file that holds the tests `name`, or of the one test `name::test`."""
+    file, colons, test = name.partition("::")
+    folder, _, stem = file.removesuffix(".py").rpartition("/")
+    return str(ROOT / "tests" / part / folder / f"test_{stem}.py") + colons + test
+
+
 def planted(bug: Bug) -> str:
     """The file with the bug."""
-    source = (ROOT / "scheduler" / bug.file).read_text()
+    source = (ROOT / bug.part / bug.file).read_text()
     if source.count(bug.old) != 1:
         raise SystemExit(f"{bug.file} has {source.count(bug.old)} places that read {bug.old!r}: plant the bug elsewhere")
     return source.replace(bug.old, bug.new)

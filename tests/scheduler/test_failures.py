@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -154,6 +157,21 @@ def _request(harness: Harness, tokens: list[int], params: CommonParams) -> Any:
     from pagefork.scheduler.request import Request
 
     return Request("0", np.array(tokens, np.int32), params, Spec(prompt_len=len(tokens)), len(tokens) + 16)
+
+
+LATE = """
+import resource
+from support.harness import Harness
+from support.requests import GREEDY, prompt
+harness = Harness(20, 4, 12, 64)
+resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+harness.add(prompt(4), GREEDY)
+harness.run()
+"""
+
+
+def test_the_first_request_opens_no_file() -> None:
+    subprocess.run([sys.executable, "-c", LATE], check=True, timeout=60, cwd=Path(__file__).parents[1])
 
 
 def test_aborted_requests_leave_the_queue() -> None:
