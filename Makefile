@@ -29,7 +29,7 @@ test-long: $(READY)  ## run the tests that take minutes
 test-gpu: $(READY)  ## run the tests that need a CUDA device
 	@$(RUN) -m pytest -m gpu
 
-planted-bugs: $(READY)  ## plant bugs in the scheduler, one at a time, and see that tests catch each; takes minutes
+planted-bugs: $(READY)  ## plant bugs in scheduler, service and gateway, one at a time: does a test catch each?
 	@$(RUN) tests/planted_bugs.py
 
 lint: $(READY)  ## ruff and mypy --strict

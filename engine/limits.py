@@ -69,6 +69,12 @@ class Limits(Checked, frozen=True, kw_only=True):
             for text in getattr(params, name):
                 self._check_bytes(f"a text in {name}", text, "max_stop_bytes")
 
+    def check_encoded(self, size: int) -> None:
+        """Raise LimitError for encoded parameters of more bytes than these limits leave room for; reading them takes long."""
+        room = _SCALARS + (self.max_listed + self.max_stop) * (self.max_stop_bytes + _HEADER) + _IDS * self.max_listed
+        if size > room:
+            raise LimitError(f"params have {size} bytes; within this service's limits they have at most {room}")
+
     def check_text(self, text: str) -> None:
         """Raise LimitError for a prompt that is too long."""
         self._check_bytes("the prompt", text, "max_text_bytes")
@@ -91,6 +97,9 @@ def check_room(prompt: int, params: CommonParams, max_model_len: int) -> None:
             f"at most {max_model_len - prompt} fit, which max_tokens=None asks for"
         )
 
+
+# Bytes of parameters in msgpack, at most: all that are no lists; what a text has beside its own; ids, one of each list.
+_SCALARS, _HEADER, _IDS = 4096, 5, 36
 
 _NUMBERS = {
     "n": "max_n",

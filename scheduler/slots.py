@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.ma  # np.unique would import it at its first call, when no file may be opened any more
 
 from .plan import Bools, Forks, Ints, Longs, ints
 from .sequences import Sequences

@@ -1,4 +1,4 @@
-"""Do the tests find bugs? Plants one-line bugs in copies of the scheduler and the service, and runs the tests on each.
+"""Do the tests find bugs? Plants one-line bugs in copies of the package, and runs the tests on each.
 
     python tests/planted_bugs.py [WORD ...]
 
@@ -22,9 +22,9 @@ SECONDS = 300  # that the tests of one bug may take
 
 
 class Bug(NamedTuple):
-    """`old` becomes `new` in a file of scheduler/; `tests` are to find that: files of tests/scheduler/, or a test of one.
+    """`old` becomes `new` in a file of scheduler/ or engine/; `tests` are to find that: files of tests, or a test of one.
 
-    part: scheduler, or engine, whose tests are those of tests/engine/.
+    part: scheduler or engine; its tests are those of tests/scheduler/ or tests/engine/.
     """
 
     file: str
@@ -250,7 +250,10 @@ SERVICE_BUGS = {
     ),
     # What is kept
     "reserved tokens are given back late": Bug(
-        "server/ledger.py", "        self.count(exchange, 0)\n        self._ends", "        self._ends", "server/service_requests"
+        "server/ledger.py",
+        'through with it."""\n        self.count(exchange, 0)\n',
+        'through with it."""\n',
+        "server/service_requests",
     ),
     "terminals are kept for ever": Bug("server/ledger.py", "now + self._keep", "now + 1e9", "server/service_ends"),
     "terminals are not kept": Bug("server/ledger.py", "now + self._keep", "now - self._keep", "server/service_ends"),
@@ -278,6 +281,49 @@ SERVICE_BUGS = {
         "        if request.aborted:\n            self.send(Abort(rid=request.rid))\n",
         "",
         "client/client_state",
+    ),
+    # The gateway
+    "a call goes on when its client has left": Bug(
+        "http/answers.py",
+        "asyncio.wait({worker, left, stopping}",
+        "asyncio.wait({worker, stopping}",
+        "http/leaving::test_a_client_that_leaves_frees_the_blocks_of_all_its_requests",
+    ),
+    "a stream that failed says that it is done": Bug(
+        "http/answers.py",
+        'await send(_event(refusal.body()) | {"more_body": False})',
+        'await send(_event(refusal.body())); await send({"type": "http.response.body", "body": _DONE, "more_body": False})',
+        "http/process::test_what_is_open_when_the_time_to_drain_is_over_is_told_so",
+    ),
+    "a stream is read faster than its client reads": Bug(
+        "http/running.py",
+        "asyncio.Queue(_AHEAD)",
+        "asyncio.Queue()",
+        "http/leaving::test_a_slow_reader_holds_up_its_own_outputs_only",
+    ),
+    "choices of several prompts are mixed up in a stream": Bug(
+        "http/running.py",
+        "first = at * self._call.choices",
+        "first = at",
+        "http/openai_client::test_a_stream_adds_up_to_the_whole_answer",
+    ),
+    "the usage counts the first prompt alone": Bug(
+        "http/running.py",
+        "prompt = sum(len(output.prompt_token_ids) for output in outputs)",
+        "prompt = len(outputs[0].prompt_token_ids)",
+        "http/openai_client::test_completions_are_those_of_the_engine",
+    ),
+    "any API key will do": Bug(
+        "http/guard.py",
+        " or not hmac.compare_digest(key.strip().encode(), self._key)",
+        "",
+        "http/refusals::test_every_route_but_health_takes_the_key",
+    ),
+    "any Host will do": Bug(
+        "http/guard.py",
+        'if "*" not in self._hosts and (',
+        'if "*" in self._hosts and (',
+        "http/refusals::test_the_host_has_to_be_one_of_this_server",
     ),
 }
 
@@ -325,7 +371,8 @@ def caught(bug: Bug) -> str | None:
             place = package / "scheduler"
         shutil.copytree(ROOT / "scheduler", package / "scheduler", ignore=shutil.ignore_patterns("__pycache__"))
         (place / bug.file).write_text(planted(bug))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--noconftest", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+        command += ["--noconftest"] if bug.part == "scheduler" else []  # a conftest imports the engine
         command += [_path(bug.part, name) for name in bug.tests.split()]
         environment = {"PYTHONPATH": folder, "HYPOTHESIS_STORAGE_DIRECTORY": folder, "OMP_NUM_THREADS": "1"}
         try:

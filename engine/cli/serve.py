@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -21,6 +22,7 @@ _FROM_ELSEWHERE = {
     *("endpoint", "model_directory", "token_file", "server_key_file", "host", "port"),
     *("drain_seconds", "log_level"),
 }
+_EXTRA = ("starlette", "uvicorn", "prometheus_client")
 _SHORTEST_DRAIN = 0.1  # seconds; the gateway takes no 0
 
 
@@ -59,6 +61,8 @@ def serve(
 
 def _gateway(config: ServiceConfig, http: str, given: Given) -> MakesGateway:
     """Makes the gateway's settings of the engine's facts; what the user gave is checked before anything starts."""
+    if absent := [name for name in _EXTRA if find_spec(name) is None]:
+        raise ConfigError(f"http needs {', '.join(absent)}, which come with pip install 'pagefork[http]'")
     host, _, port = http.rpartition(":")
     if not host or not (port.isascii() and port.isdecimal() and int(port) < 1 << 16):
         raise ConfigError(f"http={http!r} reads HOST:PORT, with a port below 65536, or 0 for any that is free")

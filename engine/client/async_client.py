@@ -93,7 +93,7 @@ class AsyncClient(Base):
         try:
             if alone:
                 return await streams[0].result()
-            return [await self._result(streams, number, one) for number, one in enumerate(made)]
+            return [await self._result(streams, number, made) for number in range(len(made))]
         finally:
             for stream in streams:
                 stream.close()
@@ -143,17 +143,20 @@ class AsyncClient(Base):
         if asyncio.get_running_loop() is not self._loop:
             raise EngineMisuseError("an AsyncClient belongs to the event loop that it was made in; call it from that loop only")
         mailbox = AsyncMailbox()
-        stream = AsyncStream(self, self._connection, mailbox, self._reading(made))
+        stream = AsyncStream(self, self._connection, mailbox, self._reading(made, mailbox))
         self._send(made, mailbox)
         return stream
 
-    async def _result(self, streams: list[AsyncStream], number: int, made: Submission) -> RequestOutput:
+    async def _result(self, streams: list[AsyncStream], number: int, made: list[Submission]) -> RequestOutput:
+        at_once = number > 0
         while True:
             try:
                 return await streams[number].result()
             except ServiceError as error:
-                outcome = self._outcome(error)
+                outcome, at_once = self._outcome(error, made[number], at_once), False
             if isinstance(outcome, RequestOutput):
                 return outcome
             await asyncio.sleep(outcome)
-            streams[number] = self._stream(made)
+            for one in self._again(streams, number):
+                made[one] = made[one].again()
+                streams[one] = self._stream(made[one])

@@ -27,6 +27,11 @@ class AsyncMailbox:
         self._events.append(event)
         self._news.set()
 
+    @property
+    def first(self) -> Event | None:
+        """The next event, if it is here."""
+        return self._events[0] if self._events else None
+
     async def get(self) -> Event:
         """Wait for the next event."""
         while not self._events:
@@ -48,6 +53,11 @@ class AsyncStream:
         self._mailbox = mailbox
         self._reading = reading
         self._left = False
+
+    @property
+    def unread(self) -> Event | None:
+        """The first event that nobody has taken, for the client; None: there is none."""
+        return self._mailbox.first
 
     @property
     def request_id(self) -> str:
@@ -80,9 +90,9 @@ class AsyncStream:
         return self._reading.output()
 
     def abort(self) -> None:
-        """End the request. What has come can be read; result() has finish_reason "abort"."""
-        rid, self._reading.aborting = self.request_id, True
-        self._connection.later(lambda state: state.abort(rid))
+        """End the request. What has come can be read; result() has finish_reason "abort", or no outputs where none had begun."""
+        rid, mailbox, self._reading.aborting = self.request_id, self._mailbox, True
+        self._connection.later(lambda state: state.abort(rid, mailbox))
 
     def close(self) -> None:
         """End the request, if it has not ended; nothing more comes of it, and who waits for it waits no longer."""
@@ -105,8 +115,8 @@ class AsyncStream:
 
     def _leave(self) -> None:
         if not self._left and not self._reading.over:
-            rid = self.request_id
-            self._connection.later(lambda state: state.leave(rid))
+            rid, mailbox = self.request_id, self._mailbox
+            self._connection.later(lambda state: state.leave(rid, mailbox))
         self._left = True
 
     async def _take(self) -> None:

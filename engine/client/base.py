@@ -5,27 +5,33 @@ from __future__ import annotations
 import itertools
 import logging
 import secrets
+import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pagefork.endpoint import find
-from pagefork.outputs import RequestOutput
+from pagefork.outputs import RequestMetrics, RequestOutput
 from pagefork.scheduler.errors import ConfigError, InvalidRequestError, ServiceError
 from pagefork.scheduler.params import CommonParams
 from pagefork.wire import Code, Ping, Stats, Welcome
 
 from .connection import Connection, Curve, Post
-from .prompts import Submission, listed, one_each, submission
+from .prompts import Submission, attachable, greetable, listed, one_each, submission
 from .reading import Reading
 from .request import Event, Sink
 from .state import Ask, ClientState
 
+if TYPE_CHECKING:
+    from .async_stream import AsyncStream
+    from .stream import Stream
+
 logger = logging.getLogger("pagefork")
 
 _PAUSE = 0.05  # seconds before a full queue is tried again, where it named none
+_AT_ONCE = 128  # requests that a full queue refused are tried again
 
 
 class Base:
@@ -45,7 +51,8 @@ class Base:
         window: int,
     ) -> None:
         find(address)  # refuses what is no address
-        if not 1 <= window < 2**20:
+        greetable(name, token, session)
+        if not isinstance(window, int) or not 1 <= window < 2**20:
             raise ConfigError(f"window={window} must be a number of tokens from 1 to {2**20 - 1}")
         for what, seconds in (("connect_timeout", connect_timeout), ("reconnect_timeout", reconnect_timeout)):
             if not seconds > 0:
@@ -100,13 +107,25 @@ class Base:
         each = zip(found, one_each(params, len(found)), strict=True)
         return [self._submission(prompt, one, request_id, priority, deadline, stream=False) for prompt, one in each], alone
 
-    def _outcome(self, error: ServiceError) -> RequestOutput | float:
+    def _outcome(self, error: ServiceError, made: Submission, at_once: bool) -> RequestOutput | float:
         """What becomes of one of several requests that failed: its output with the error, or seconds to try again after.
+
+        at_once: what was heard of a full queue is old, and a request before this one has ended.
 
         Raises an error that is about all of them.
         """
-        if error.code == Code.QUEUE_FULL and error.retry_safe:
-            return (error.retry_after_ms or 0) / 1e3 or _PAUSE
+        if _is_full(error):
+            if (left := made.until - time.monotonic()) > 0:
+                return 0.0 if at_once else min((error.retry_after_ms or 0) / 1e3 or _PAUSE, left)
+            error = ServiceError(Code.DEADLINE, f"there was no room for it before its deadline: {error.message}")
+            error.output = RequestOutput(
+                request_id=made.rid,
+                prompt=made.text,
+                prompt_token_ids=made.token_ids,
+                outputs=[],
+                finished=True,
+                metrics=RequestMetrics(arrival_time=time.monotonic()),
+            )
         if isinstance(error.output, RequestOutput) and error.output.finished:
             output, error.output = error.output, None
             output.error = error
@@ -114,15 +133,21 @@ class Base:
             return output
         raise error
 
+    def _again(self, streams: Sequence[Stream | AsyncStream], number: int) -> list[int]:
+        """Which of several requests to send again when there may be room: this one, and later ones that were refused with it."""
+        later = (one for one in range(number + 1, len(streams)) if _is_full(streams[one].unread))
+        return [number, *itertools.islice(later, _AT_ONCE - 1)]
+
     def _attachment(self, request_id: str) -> Submission:
         self._connection.check()
+        attachable(request_id)
         return Submission(request_id, [], None, [], self._window, None)
 
-    def _reading(self, made: Submission) -> Reading:
+    def _reading(self, made: Submission, sink: Sink) -> Reading:
         connection, rid = self._connection, made.rid
 
         def credit(upto: int) -> None:
-            connection.later(lambda state: state.credit(rid, upto))
+            connection.later(lambda state: state.credit(rid, upto, sink))
 
         return Reading(rid, made.text, made.token_ids, self._window, credit)
 
@@ -135,6 +160,11 @@ def deliver(events: Sequence[tuple[Sink, Event]]) -> None:
     """Give events to those whom they are for."""
     for sink, event in events:
         sink.put(event)
+
+
+def _is_full(event: Event | None) -> bool:
+    """Whether there was no room for a request."""
+    return isinstance(event, ServiceError) and event.code == Code.QUEUE_FULL and event.retry_safe
 
 
 def _curve(server_key: str | None, key: str | None) -> Curve | None:

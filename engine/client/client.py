@@ -98,7 +98,7 @@ class Client(Base):
         try:
             if alone:
                 return streams[0].result()
-            return [self._result(streams, number, one) for number, one in enumerate(made)]
+            return [self._result(streams, number, made) for number in range(len(made))]
         finally:
             for stream in streams:
                 stream.close()
@@ -141,17 +141,20 @@ class Client(Base):
 
     def _stream(self, made: Submission) -> Stream:
         mailbox = Mailbox()
-        stream = Stream(self, self._connection, mailbox, self._reading(made))
+        stream = Stream(self, self._connection, mailbox, self._reading(made, mailbox))
         self._send(made, mailbox)
         return stream
 
-    def _result(self, streams: list[Stream], number: int, made: Submission) -> RequestOutput:
+    def _result(self, streams: list[Stream], number: int, made: list[Submission]) -> RequestOutput:
+        at_once = number > 0
         while True:
             try:
                 return streams[number].result()
             except ServiceError as error:
-                outcome = self._outcome(error)
+                outcome, at_once = self._outcome(error, made[number], at_once), False
             if isinstance(outcome, RequestOutput):
                 return outcome
             time.sleep(outcome)
-            streams[number] = self._stream(made)
+            for one in self._again(streams, number):
+                made[one] = made[one].again()
+                streams[one] = self._stream(made[one])

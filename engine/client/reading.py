@@ -100,7 +100,7 @@ class Reading:
             prompt_token_ids=self._token_ids,
             prompt_logprobs=None if finished is None else finished.prompt_logprobs,
             outputs=[self._outputs[index].output(index, unfinished) for index in sorted(self._outputs)],
-            finished=finished is not None,
+            finished=finished is not None or (self.over and self.error is None),
             metrics=self._metrics(finished),
             trace=None if finished is None else finished.trace,
         )

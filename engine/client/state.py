@@ -117,17 +117,17 @@ class ClientState(Link):
         if self.phase is Phase.UP:
             self._forward_ask(ask)
 
-    def credit(self, rid: str, upto: int) -> None:
-        """The reader has room for tokens before the offset `upto`."""
-        request = self._requests.get(rid)
+    def credit(self, rid: str, upto: int, sink: Sink | None = None) -> None:
+        """The reader has room for tokens before the offset `upto`. `sink` tells its request from later ones of that rid."""
+        request = self._find(rid, sink)
         if request is not None and upto > request.credit:
             request.credit = upto
             if self.phase is Phase.UP:
                 self.send(Credit(rid=rid, upto=upto))
 
-    def abort(self, rid: str) -> None:
+    def abort(self, rid: str, sink: Sink | None = None) -> None:
         """End a request; its terminal comes."""
-        request = self._requests.get(rid)
+        request = self._find(rid, sink)
         if request is None or request.aborted:
             return
         request.aborted = True
@@ -136,10 +136,13 @@ class ClientState(Link):
         elif self.phase is Phase.UP:
             self.send(Abort(rid=rid))
 
-    def leave(self, rid: str) -> None:
+    def leave(self, rid: str, sink: Sink | None = None) -> None:
         """End a request of which nobody wants to hear any more."""
-        request = self._requests.pop(rid, None)
-        if request is None or request.status is Status.UNSENT:
+        request = self._find(rid, sink)
+        if request is None:
+            return
+        del self._requests[rid]
+        if request.status is Status.UNSENT:
             return
         if self.phase is Phase.UP:
             self.send(Abort(rid=rid))
@@ -197,6 +200,10 @@ class ClientState(Link):
     def refuse(self, lost: Lost) -> None:
         """End what was not sent."""
         self._end_unsent(lost, math.inf)
+
+    def _find(self, rid: str, sink: Sink | None) -> Request | None:
+        request = self._requests.get(rid)
+        return request if request is not None and (sink is None or sink is request.sink) else None
 
     def _hear(self, message: EngineMessage, prompt: list[int] | None) -> None:
         match message:

@@ -58,6 +58,16 @@ class Answer:
         send = _patient(send, self._gateway.config.unread_seconds)
         work = self._stream(send) if self._shape.call.stream else self._whole(scope, receive, send)
         try:
+            await self._told(work, scope, receive, send)
+        except _UnreadError as error:
+            scope["state"]["error"] = str(error)
+            if (abort := scope["state"].get("abort")) is not None:
+                abort()  # closed in the usual way, the connection would wait until its client has read the rest
+                await asyncio.sleep(0)
+
+    async def _told(self, work: Awaitable[None], scope: Scope, receive: Receive, send: Send) -> None:
+        """Do the work; where it fails once the answer has begun, end that with an event that says so."""
+        try:
             await self._until_left(work, receive)
         except (ApiError, InvalidRequestError, ServiceError) as error:
             refusal = as_api_error(error)
@@ -65,8 +75,6 @@ class Answer:
                 raise refusal from None
             scope["state"]["error"] = refusal.message
             await send(_event(refusal.body()) | {"more_body": False})  # and no [DONE]
-        except _UnreadError as error:
-            scope["state"]["error"] = str(error)
 
     async def _until_left(self, work: Awaitable[None], receive: Receive) -> None:
         """Do the work, unless the client leaves or the gateway is to stop before it is done."""

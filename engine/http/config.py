@@ -41,7 +41,7 @@ class GatewayConfig(Checked, frozen=True, kw_only=True):
     chat_template: Annotated[str | None, Meta(description="Jinja file; None: the checkpoint's")] = None
     drain_seconds: Annotated[Seconds, Meta(description="What open answers get to end in after SIGTERM")] = 30.0
     connect_seconds: Annotated[Seconds, Meta(description="How long to wait for the engine at the start")] = 60.0
-    body_seconds: Annotated[Seconds, Meta(description="How long a body may take to arrive")] = 30.0
+    body_seconds: Annotated[Seconds, Meta(description="How long a head may take to arrive, and a body")] = 30.0
     unread_seconds: Annotated[Seconds, Meta(description="How long a client may read nothing of its answer")] = 60.0
     stalled_seconds: Annotated[Seconds, Meta(description="/health says 503 when a step takes longer")] = 60.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="What is logged: this and worse")] = (

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 from pagefork.chat_template import ChatTemplate
 from pagefork.client.async_client import AsyncClient
 from pagefork.scheduler.errors import ConfigError, InvalidRequestError, PageforkError, ServiceError
-from pagefork.server.child import Parent
+from pagefork.server.child import Parent, hold_standard_streams
 from pagefork.server.keys import read_secret
 from pagefork.server.logs import Lines, log, warn
 from pagefork.tokenizer import Tokenizer
@@ -27,6 +27,7 @@ from pagefork.wire import Code, Welcome
 
 from .app import make_app
 from .config import GatewayConfig
+from .connection import connections
 from .gateway import Gateway
 
 logger = logging.getLogger("pagefork")
@@ -40,6 +41,7 @@ _REACH_SECONDS = 5.0  # how long a call waits for an engine that is not there
 
 def main() -> NoReturn:
     """Serve until a signal, the parent's death, or a failure. What can't be served is told to the parent."""
+    hold_standard_streams()
     parent = Parent()
     try:
         config = parent.read(GatewayConfig)
@@ -111,6 +113,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=connections(gateway.config.unread_seconds, gateway.config.body_seconds),
                 loop="asyncio",
                 lifespan="off",
                 log_config=None,

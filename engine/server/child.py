@@ -24,6 +24,13 @@ _LONGEST = 1 << 20  # bytes of a configuration
 _GOODBYE_SECONDS = 1.0  # what is left of a child after its parent
 
 
+def hold_standard_streams() -> None:
+    """Open those that are closed, so that no socket gets the number that prints and log lines go to."""
+    while (found := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(found)
+
+
 class Parent:
     """The other end of this process's standard input and output.
 

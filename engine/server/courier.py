@@ -32,10 +32,14 @@ class Courier:
     def flush(self, session: Session, now: float) -> None:
         """Send all that can be; what stays in `session.dirty` waits for the peer to read."""
         line = session.line
-        if line is None or not line.flush() or not self._stream(session, line) or not self._finish(session, line, now):
-            for exchange in session.dirty:
-                if exchange.blocked is None and exchange.unsent:
-                    exchange.blocked = now
+        if line is not None and now >= line.again:
+            done = line.flush() and self._stream(session, line) and self._finish(session, line, now)
+            line.rest(now)
+            if done:
+                return
+        for exchange in session.dirty:
+            if exchange.blocked is None and exchange.unsent:
+                exchange.blocked = now
 
     def conclude(self, exchange: Exchange, now: float) -> None:
         """Send its Finished, which waits for nothing but its turn."""

@@ -23,7 +23,8 @@ class Ledger:
         self._keep = keep
         self._kept: dict[Exchange, float] = {}  # until when; the first was kept longest
         self._kept_bytes = 0
-        self._ends: deque[float] = deque(maxlen=64)
+        self._gaps: deque[float] = deque(maxlen=64)
+        self._last = 0.0  # when a request ended, or the first of all came
 
     def check_room(self, tokens: int, now: float) -> None:
         """Raise Refusal where a request of so many prompt tokens is more than the limits have room for."""
@@ -44,13 +45,16 @@ class Ledger:
             )
 
     def retry_after_ms(self, now: float) -> int:
-        """About when the next request ends, going by the last ones."""
-        if len(self._ends) < 2:
+        """About when the next request ends, going by how long it took from one end to the next while there were any."""
+        if not self._gaps:
             return _USUAL_MS
-        return round(min(max((now - self._ends[0]) / (len(self._ends) - 1) * 1000, _LEAST_MS), _MOST_MS))
+        mean = (sum(self._gaps) + now - self._last) / len(self._gaps)
+        return round(min(max(mean * 1000, _LEAST_MS), _MOST_MS))
 
     def open(self, exchange: Exchange) -> None:
         """A request is under way."""
+        if not self.active:
+            self._last = exchange.arrived
         self.active[exchange] = None
         exchange.session.exchanges[exchange.rid] = exchange
         self.reserved += exchange.reserved
@@ -64,7 +68,8 @@ class Ledger:
     def release(self, exchange: Exchange, now: float) -> None:
         """The engine is through with it."""
         self.count(exchange, 0)
-        self._ends.append(now)
+        self._gaps.append(now - self._last)
+        self._last = now
 
     def drop(self, exchange: Exchange) -> None:
         """Forget a request, whatever became of it."""
@@ -91,9 +96,25 @@ class Ledger:
         """A kept one is to be sent again. Raises Refusal where there is no room."""
         if exchange in self._kept:
             self.check_room(0, now)
+            self._check_replay(exchange, now)
             del self._kept[exchange]
             self._kept_bytes -= exchange.kept_bytes
             self.active[exchange] = None
+
+    def _check_replay(self, exchange: Exchange, now: float) -> None:
+        """Raise Refusal for who asks again and again: it costs no computing, and a peer that does not read fills the memory."""
+        session, most = exchange.session, self._limits.max_kept_bytes
+        session.replayed = max(0.0, session.replayed - (now - session.replayed_at) * most / self._keep)
+        session.replayed_at = now
+        if session.replayed + exchange.kept_bytes > most:
+            wait = min((session.replayed + exchange.kept_bytes - most) * self._keep / most, self._keep)
+            raise Refusal(
+                Code.QUEUE_FULL,
+                f"this session was sent {round(session.replayed)} bytes again in the last {self._keep:g} s; {most} are allowed "
+                "(max_kept_bytes)",
+                max(_LEAST_MS, round(1000 * wait)),
+            )
+        session.replayed += exchange.kept_bytes
 
     def expire(self, now: float) -> float:
         """Forget what was kept long enough; when the next one will have been."""

@@ -157,7 +157,6 @@ class Requests:
             raise Refusal(Code.INVALID_ARGUMENT, str(error)) from None
         self.ledger.revive(exchange, now)
         exchange.joined = True
-        exchange.blocked = None
         if exchange.accepted:
             exchange.session.post(wire.Accepted(rid=exchange.rid, attached=True))
         exchange.session.dirty[exchange] = None

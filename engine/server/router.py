@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import zmq
 
-from pagefork.wire import MAX_FRAMES
+from pagefork import wire
+from pagefork.wire import MAX_FRAMES, Code
 
 from .auth import NotAuthenticated, Principal
 from .logs import warn
 from .seam import Sent
 
+_GIVEN = b"\0"  # what the routing ids begin with that ZeroMQ gives
+_NAMED = wire.encode(
+    wire.Error(
+        code=Code.UNAUTHENTICATED,
+        message="this connection has set ROUTING_ID: leave that to ZeroMQ, or who takes the same one speaks for its session",
+    )
+)
 _KEPT_BYTES = 16 << 20  # of one message: its frames are bounded one by one, but not their number
 
 
@@ -35,7 +43,8 @@ class Router:
     def receive(self) -> tuple[bytes, list[bytes], str | None] | None:
         """A peer's routing id, the frames of a message and its principal; None when nothing is there.
 
-        Of a message that is too long come so many frames that it is refused, and not what would fill the memory.
+        Of a message that is too long come so many frames that it is refused, and not what would fill the memory. Peers that
+        have named themselves are refused: when a connection is gone its name is anybody's, its session is not.
         """
         while True:
             try:
@@ -49,6 +58,10 @@ class Router:
                 if len(frames) <= MAX_FRAMES:
                     frames.append(frame.bytes if size <= _KEPT_BYTES else b"")
             try:
-                return peer, frames, self._principal(frame)
+                principal = self._principal(frame)
             except NotAuthenticated:
                 warn("message.not_authenticated")
+                continue
+            if peer.startswith(_GIVEN):
+                return peer, frames, principal
+            self.send(peer, _NAMED)

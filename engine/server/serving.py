@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import select
+import time
 from collections.abc import Mapping
 
 import msgspec
@@ -30,6 +31,7 @@ logger = logging.getLogger("pagefork")
 
 _FAILED = 1  # exit code
 _BATCH = 64  # messages between two looks at what the engine has to say
+_BATCH_SECONDS = 0.01  # or fewer, where they take long
 _STEP_SECONDS = 5.0  # how long the end waits for the step under way
 
 
@@ -116,11 +118,14 @@ class Serving:
                 stopping = True
                 log("engine.stopping", drain_timeout=self._config.drain_timeout)
                 service.drain(self._config.drain_timeout)
+            until = time.monotonic() + _BATCH_SECONDS
             for _ in range(_BATCH):
                 message = self._router.receive()
                 if message is None:
                     break
                 service.receive(*message)
+                if time.monotonic() >= until:
+                    break
             service.deliver(self._gate.take())
             if ended:
                 raise self._gate.ended.result() or RuntimeError("its thread ended")

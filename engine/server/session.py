@@ -13,6 +13,8 @@ from .seam import Send, Sent
 if TYPE_CHECKING:
     from .exchange import Exchange
 
+RETRY = 0.02  # seconds until a peer that does not read is tried again
+_LONGEST_RETRY = 0.3
 _QUEUED = 256  # messages for a peer that does not read; one more, and it counts as gone
 _BAD_FRAMES = 20
 _CLOSED_PEERS = 4096
@@ -31,11 +33,17 @@ class Agenda:
 
 
 class Line:
-    """The way to a peer. What post() is given goes out in order; `gone` when the peer is, or reads nothing at all."""
+    """The way to a peer. What post() is given goes out in order; `gone` when the peer is, or reads nothing at all.
+
+    full: it does not read what was sent. again: not before then is it worth to encode more for it.
+    """
 
     def __init__(self, send: Send, peer: bytes) -> None:
         self.peer = peer
         self.gone = False
+        self.full = False
+        self.again = float("-inf")
+        self._pause = RETRY
         self._send = send
         self._queue: deque[list[bytes]] = deque()
 
@@ -64,11 +72,16 @@ class Line:
             self._queue.popleft()
         return not self._queue and not self.gone
 
+    def rest(self, now: float) -> None:
+        """Wait before the next attempt: longer and longer while the peer does not read."""
+        self._pause = min(2 * self._pause, _LONGEST_RETRY) if self.full else RETRY
+        self.again = now + self._pause if self.full else now
+
     def _sent(self, frames: list[bytes]) -> bool:
         if self.gone:
             return False
         sent = self._send(self.peer, frames)
-        self.gone = sent is Sent.GONE
+        self.gone, self.full = sent is Sent.GONE, sent is Sent.FULL
         return sent is Sent.OK
 
 
@@ -84,6 +97,8 @@ class Session:
         self.heard = now
         self.detached: float | None = None  # since when it is not reachable, or was silent for too long
         self.bad_frames = 0
+        self.replayed = 0.0  # bytes of what it was sent again, less with time
+        self.replayed_at = now
         self.stats_asked = 0  # and not answered
         self.exchanges: dict[str, Exchange] = {}  # by rid, those kept too
         self.dirty: dict[Exchange, None] = {}  # that may have something to send, in order

@@ -13,13 +13,11 @@ from pagefork.wire import Code
 
 from .requests import Requests
 from .seam import Facts, Send, Sent, Timing
-from .session import Agenda, Line, Peers, Session, key_of
+from .session import RETRY, Agenda, Line, Peers, Session, key_of
 
 logger = logging.getLogger("pagefork")
 
 TOKEN_PRINCIPAL = "token"  # whoever shows the token
-
-_RETRY = 0.02  # seconds until a peer that does not read is tried again
 
 
 class Log(Protocol):
@@ -118,7 +116,7 @@ class Sessions:
             session.line = None
             self._detach(session, now, "gone")
         elif line.waits or session.dirty:
-            self._agenda.by(now + _RETRY)
+            self._agenda.by(max(now + RETRY, line.again))
 
     def watch(self, session: Session, now: float) -> None:
         """Its lease and its grace."""

@@ -61,7 +61,10 @@ def weight(submit: Submit, blob: bytes | None) -> int:
 def check(submit: Submit, blob: bytes | None, limits: Limits, facts: Facts) -> tuple[str | list[int], CommonParams | None]:
     """Prompt and parameters. Raises Refusal."""
     try:
+        limits.check_encoded(memoryview(submit.params).nbytes)
         params: CommonParams | None = _params.decode(submit.params)
+    except LimitError as error:
+        raise Refusal(Code.TOO_LARGE, str(error)) from None
     except Exception as error:  # noqa: BLE001 - deep nesting is a RecursionError; whatever it is, these are no parameters
         raise Refusal(Code.INVALID_ARGUMENT, f"params: {error}") from None
     try:

@@ -163,9 +163,9 @@ LATE = """
 import resource
 from support.harness import Harness
 from support.requests import GREEDY, prompt
-harness = Harness(20, 4, 12, 64)
+harness, tokens = Harness(20, 4, 12, 64), prompt(4)
 resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
-harness.add(prompt(4), GREEDY)
+harness.add(tokens, GREEDY)
 harness.run()
 """
 

@@ -262,8 +262,10 @@ class RawClient:
         asked = self.asked[rid]
         if asked.refused is not None:
             return
-        expected = alone(asked.prompt, asked.params)
         whole = asked.finished is not None and asked.finished.error is None
+        if not whole and not any(grown.tokens for grown in asked.outputs):
+            return
+        expected = alone(asked.prompt, asked.params)
         if (isinstance(asked.params, SamplingParams) and asked.params.best_of is None) or whole:
             for grown, completion in zip(asked.outputs, expected.outputs, strict=whole):
                 _check_part(rid, grown, completion.token_ids)

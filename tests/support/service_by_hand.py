@@ -56,6 +56,7 @@ class Hand:
         self.state: dict[bytes, Sent] = {}
         self.inbox: dict[bytes, list[tuple[Any, bytes | None]]] = defaultdict(list)
         self.sizes: list[int] = []
+        self.attempts: list[float] = []  # when something was to be sent
         self.logged: list[tuple[str, dict[str, object]]] = []
         self._random = 0
         self.service = Service(
@@ -68,6 +69,7 @@ class Hand:
         return self._random.to_bytes(size, "big")
 
     def _send(self, peer: bytes, frames: list[bytes]) -> Sent:
+        self.attempts.append(self.now)
         sent = self.state.get(peer, Sent.OK)
         if sent is Sent.OK:
             self.sizes.append(sum(map(len, frames)))

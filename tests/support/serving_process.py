@@ -19,6 +19,11 @@ from pagefork.server.launch import Served
 TIMING = {"ping": 0.3, "lease": 1.5, "grace": 0.5, "stall": 1.5, "keep": 2.0}
 GONE_WITHIN = TIMING["lease"] + TIMING["grace"] + 2.0  # seconds, with slack
 ENGINE: dict[str, Any] = {"model": "demo", "dtype": "float32", "num_blocks": 400, "max_num_seqs": 32, "max_model_len": 512}
+LIMITS = Limits(
+    max_sessions=200, max_requests=100, max_reserved_tokens=4000, max_text_bytes=300, max_n=3, max_beam_width=4,
+    max_num_simulations=5, max_tree_depth=4, max_rollout_tokens=3, max_leaf_batch_size=2, max_candidates=4, max_stop=2,
+    max_stop_bytes=8, max_listed=3, max_logprobs=2,
+)  # fmt: skip
 
 
 def configured(engine: dict[str, Any] | None = None, limits: Limits | None = None, **settings: Any) -> ServiceConfig:

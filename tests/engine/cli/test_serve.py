@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -156,3 +157,8 @@ def test_keys_are_made_once_and_the_secret_one_is_its_owners_alone(tmp_path: Pat
     assert_refused(pagefork("keys", "new", "--out", str(tmp_path / "keys"), "--name", "engine"), "engine.key", "not overwritten")
     assert_refused(pagefork("keys", "new", "--out", str(tmp_path), "--name", "../x"), "'../x'")
     assert read_key_pair(secret) == pair
+
+
+def test_a_gateway_whose_packages_are_not_installed_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert_refused(pagefork("serve", "--http", "127.0.0.1:0"), "http needs uvicorn", "pip install 'pagefork[http]'")

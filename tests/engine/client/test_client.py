@@ -10,19 +10,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
-from support.serving_process import GONE_WITHIN, serving
+from support.serving_process import GONE_WITHIN, configured, serving
 
 from pagefork import (
     LLM,
     AsyncClient,
     BeamSearchParams,
     Client,
+    ConfigError,
     ContrastiveSearchParams,
     InvalidRequestError,
     MCTSParams,
@@ -30,6 +32,8 @@ from pagefork import (
     SamplingParams,
     ServiceError,
 )
+from pagefork.client.stream import Stream
+from pagefork.limits import Limits
 from pagefork.scheduler.errors import EngineMisuseError
 from pagefork.scheduler.params import CommonParams
 from pagefork.wire import Code, Delta
@@ -180,6 +184,14 @@ def test_an_aborted_request_ends_as_the_engine_in_process_ends_it(client: Client
     assert free(client)
 
 
+def test_what_is_aborted_before_it_was_accepted_is_finished_without_outputs(client: Client) -> None:
+    stream = client.stream(PROMPT * 20, LONG)
+    stream.abort()
+    output = stream.result()
+    assert output.finished and not any(one.token_ids for one in output.outputs)
+    assert free(client)
+
+
 def test_a_stream_that_is_left_closed_or_dropped_frees_its_blocks(client: Client) -> None:
     with client.stream(PROMPT, LONG) as stream:
         next(stream)
@@ -215,6 +227,54 @@ def test_a_name_that_is_under_way_is_refused_and_one_that_has_ended_is_answered_
     assert first.outputs == again.outputs
     with pytest.raises(ServiceError, match="DUPLICATE"):
         client.generate("another prompt", params, request_id="b")
+
+
+@pytest.mark.parametrize("leave", [Stream.close, Stream.abort, Stream.__del__])
+def test_a_stream_that_was_refused_for_its_name_or_is_over_does_not_end_the_other_one_of_that_name(
+    client: Client, leave: Callable[[Stream], None]
+) -> None:
+    with client.stream(PROMPT, SOME, request_id="twice") as stream:
+        leave(client.stream(PROMPT, SOME, request_id="twice"))
+        assert len(stream.result().outputs[0].token_ids) == 60
+    over = client.stream(PROMPT, SOME, request_id="again")
+    while client.stats().service.requests:
+        time.sleep(0.01)
+    stream = client.stream(PROMPT, SOME, request_id="again")
+    leave(over)
+    with ThreadPoolExecutor(1) as pool:
+        assert len(pool.submit(stream.result).result(10).outputs[0].token_ids) == 60
+
+
+def test_what_no_hello_or_attach_can_say_is_refused_at_once(client: Client) -> None:
+    wrong: list[dict[str, Any]] = [{"name": "no spaces"}, {"token": "x" * 257}, {"session": "text"}, {"session": bytes(65)}]
+    for fields in wrong:
+        with pytest.raises(ConfigError, match="can't be sent"):
+            Client("nobody", **fields)
+    for rid in ("no spaces", 5):
+        with pytest.raises(InvalidRequestError):
+            client.attach(rid)  # type: ignore[arg-type]
+
+
+def test_a_subclass_of_str_is_a_text(client: Client) -> None:
+    params = SamplingParams(max_tokens=4, seed=1)
+    assert client.generate(np.str_(PROMPT), params).outputs == client.generate(PROMPT, params).outputs
+
+
+def test_a_list_longer_than_the_queue_runs_as_many_at_once_as_there_is_room_for_and_keeps_its_deadline() -> None:
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    with serving(configured(limits=Limits(max_requests=4))), Client() as client:
+        assert [len(one.outputs[0].token_ids) for one in client.generate(["a"] * 40, params)] == [4] * 40
+        refused = client.stats().service.refused["QUEUE_FULL"]
+        assert refused < 400  # 36 + 32 + 28 + ...; one after the other it were fewer, and slower
+        with Client() as other:
+            held = [other.stream(PROMPT, LONG) for _ in range(4)]
+            for stream in held:
+                stream.accepted()
+            begun = time.monotonic()
+            outputs = client.generate(["a", "b"], params, deadline=0.3)
+            assert 0.2 < time.monotonic() - begun < 2
+        for output in outputs:
+            assert isinstance(output.error, ServiceError) and output.error.code == Code.DEADLINE and output.finished
 
 
 def test_another_client_of_the_session_goes_on_with_its_requests(name: str, demo: LLM) -> None:

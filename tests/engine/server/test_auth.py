@@ -13,7 +13,7 @@ import pytest
 import zmq
 import zmq.auth
 
-from pagefork import ConfigError, EngineConfig
+from pagefork import ConfigError, EngineConfig, wire
 from pagefork.endpoint import find
 from pagefork.server.bind import Bound
 from pagefork.server.config import ServiceConfig
@@ -277,6 +277,21 @@ def test_a_message_of_too_many_or_too_long_frames_is_cut_and_the_next_one_is_who
         assert len(many[1]) == MAX_FRAMES + 1
         assert len(long[1]) == MAX_FRAMES + 1 and sum(map(len, long[1])) <= 2 * MAX_FRAME
         assert good[1] == [b"a", b"b"]
+
+
+def test_a_client_that_names_its_connection_is_refused() -> None:
+    with bound() as made, zmq.Context() as context, context.socket(zmq.DEALER) as named, dealer(made.endpoint) as other:
+        named.linger = 0
+        named.routing_id = b"worker-1"
+        named.connect(made.endpoint)
+        named.send_multipart([b"a", b"b"])
+        assert heard(made) is None
+        assert named.poll(ARRIVES)
+        error, _ = wire.decode_from_engine(named.recv_multipart())
+        assert isinstance(error, wire.Error) and error.code == wire.Code.UNAUTHENTICATED and "ROUTING_ID" in error.message
+        other.send_multipart([b"c", b"d"])
+        found = heard(made)
+        assert found is not None and found[1] == [b"c", b"d"]
 
 
 def test_a_frame_above_the_limit_costs_its_sender_the_connection_and_nobody_else_anything() -> None:

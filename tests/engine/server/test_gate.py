@@ -18,7 +18,7 @@ from pagefork.server.gate import EngineGate
 from pagefork.value_functions import ValueFunction, brackets_balance
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-LONG = GREEDY.replace(max_tokens=400)
+LONG = GREEDY.replace(max_tokens=200)
 SECONDS = 30.0
 _texts: list[str] = []  # that value functions were made for
 
@@ -41,7 +41,7 @@ class Loop:
 
     def __init__(self) -> None:
         self.woken = threading.Event()
-        config = EngineConfig(model="demo", dtype="float32", num_blocks=120)
+        config = EngineConfig(model="demo", dtype="float32", num_blocks=120, max_model_len=256)
         self.gate = EngineGate(config, self.woken.set, {"recorded": recorded})
 
     def turn(self, seconds: float = SECONDS) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
+import sys
 import textwrap
 import time
 from collections.abc import Iterator
@@ -55,6 +57,18 @@ class Settings(msgspec.Struct):
 parent = Parent()
 settings = parent.read(Settings)
 """
+
+
+def test_closed_standard_streams_are_opened_before_anything_else_gets_their_numbers() -> None:
+    source = """
+        import os
+        from pagefork.server.child import hold_standard_streams
+        os.close(2)
+        hold_standard_streams()
+        print(os.readlink("/proc/self/fd/2"), os.open("/", os.O_RDONLY))
+    """
+    done = subprocess.run([sys.executable, "-P", "-c", textwrap.dedent(source)], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split()[0] == os.devnull and int(done.stdout.split()[1]) > 2
 
 
 def test_a_child_gets_its_configuration_and_tells_when_it_is_ready(child: Any) -> None:
@@ -147,6 +161,17 @@ def test_an_engine_survives_a_frame_above_the_limit(served: Served) -> None:
         finished, _ = good.finish(good.submit([1, 2, 3], SamplingParams(max_tokens=1)))
         assert finished.error is None
         good.bye()
+
+
+def test_an_engine_may_have_as_many_connections_as_the_system_allows() -> None:
+    least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))
+    try:
+        with serving(configured({"num_blocks": 100}, name="files")) as engine:
+            found = resource.prlimit(engine.pid, resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (least, most))
+    assert found == (1 << 16 if most == resource.RLIM_INFINITY else min(most, 1 << 16), most)
 
 
 def test_an_idle_engine_sleeps(served: Served) -> None:

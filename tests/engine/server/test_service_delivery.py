@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -117,6 +118,18 @@ def test_what_a_full_peer_did_not_take_comes_whole_when_it_reads() -> None:
     hand.state[b"p"] = Sent.OK
     hand.pass_time(0.1)
     assert [token for piece in tokens(hand.take()) for token in piece] == [*range(30_000)]
+
+
+def test_a_peer_that_stays_full_is_tried_less_often_but_a_few_times_a_second() -> None:
+    hand = ready()
+    ticket = hand.open()
+    hand.state[b"p"] = Sent.FULL
+    hand.attempts.clear()
+    for count in range(1, 201):  # a step every 10 ms has something for it
+        hand.deliver(ticket, output(ticket, count))
+        hand.pass_time(0.01)
+    gaps = [later - earlier for earlier, later in pairwise(dict.fromkeys(hand.attempts))]
+    assert 5 < len(gaps) < 15 and max(gaps) < 0.35
 
 
 def test_an_end_that_a_full_peer_did_not_take_comes_when_it_reads() -> None:

@@ -183,6 +183,17 @@ def test_new_output_is_no_sign_of_a_reader() -> None:
     assert hand.gate.aborted == [ticket]
 
 
+def test_asking_again_without_credit_is_no_sign_of_a_reader() -> None:
+    hand = ready(Timing(stall=30))
+    ticket = hand.open(credit=0)
+    hand.deliver(ticket, output(ticket, 3))
+    for _ in range(3):
+        hand.say(b"p", wire.Attach(rid="r"))
+        assert not hand.gate.aborted
+        keep_alive(hand, 11)
+    assert hand.gate.aborted == [ticket]
+
+
 def test_a_reader_that_goes_on_taking_is_not_stalled_however_slow_it_is() -> None:
     hand = ready(Timing(stall=30))
     ticket = hand.open(credit=0)
@@ -215,6 +226,21 @@ def test_terminals_are_kept_for_a_while() -> None:
     [error] = hand.say(b"p", wire.Attach(rid="r"))
     assert (error.code, error.rid) == (Code.INVALID_ARGUMENT, "r")
     assert hand.submit() == [] and len(hand.gate.added) == 2
+
+
+def test_what_is_asked_again_and_again_is_sent_only_so_often() -> None:
+    """It costs its client nothing, and fills the memory where the client does not read."""
+    hand = ready(max_kept_bytes=30_000)
+    ticket = hand.open("r")
+    hand.deliver(ticket, output(ticket, 50, finish="stop"))
+    hand.take()
+    size = next(iter(hand.service._requests.ledger._kept)).kept_bytes
+    answers = [[type(message) for message in hand.submit("r")] for _ in range(30_000 // size + 1)]
+    assert answers[:-1] == [[wire.Accepted, wire.Deltas, wire.Finished]] * (30_000 // size) and answers[-1] == [wire.Error]
+    [error] = hand.submit("r")
+    assert error.code == Code.QUEUE_FULL and error.retry_after_ms is not None
+    hand.now += error.retry_after_ms / 1000
+    assert [type(message) for message in hand.submit("r")] == [wire.Accepted, wire.Deltas, wire.Finished]
 
 
 def test_terminals_are_kept_in_so_many_bytes_the_newest() -> None:

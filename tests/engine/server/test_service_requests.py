@@ -164,6 +164,8 @@ def encoded(params: Any) -> dict[str, Any]:
         ({"text": "x", "params": msgspec.Raw(b"\x91" * 900 + b"\xc0")}, None, Code.INVALID_ARGUMENT),
         ({"text": "x", **encoded({"type": "sampling", "n": 128})}, None, None),
         ({"text": "x", **encoded({"type": "sampling", "n": 129})}, None, Code.TOO_LARGE),
+        ({"text": "x", **encoded({"type": "sampling", "bad_words": [f"{n:04}" * 64 for n in range(1024)]})}, None, None),
+        ({"text": "x", **encoded({"type": "sampling", "n": [0] * 400_000})}, None, Code.TOO_LARGE),  # before it is read
         ({"text": "é" * 50}, None, None),
         ({"text": "é" * 51}, None, Code.TOO_LARGE),
     ],
@@ -226,7 +228,11 @@ def test_when_to_try_again_follows_how_fast_requests_end() -> None:
     assert refused(hand.submit("x"), "x").retry_after_ms == 500
     hand.now += 1e6
     hand.hello()
-    hand.open("last")
+    hand.open("last")  # nothing ran meanwhile, which says nothing of how fast requests end
+    assert refused(hand.submit("x"), "x").retry_after_ms == 500
+    for _ in range(6):
+        hand.now += 10.0
+        hand.say(b"p", wire.Ping())
     assert refused(hand.submit("x"), "x").retry_after_ms == 10_000
 
 

@@ -28,7 +28,7 @@ SITUATIONS += ["full", "wedge", "kill", "bye", "intrude", "restart", "drain", "c
 
 def test_every_request_has_one_end_and_gets_what_it_gets_alone_whatever_happens() -> None:
     seen: Counter[str] = Counter()
-    for seed in range(200):
+    for seed in range(120):
         seen += simulate(seed, events=100).seen
     assert all(seen[what] for what in SITUATIONS), seen
 
