@@ -93,8 +93,8 @@ def memory(requests: int, kills: int, slope: int) -> None:
         assert resident(engine.pid) - before < (1 << 20) + slope * requests
 
 
-def test_a_thousand_requests_leave_nothing_behind() -> None:
-    soak(1000, 10)
+def test_two_thousand_requests_leave_nothing_behind() -> None:
+    soak(2000, 20)
 
 
 def test_requests_take_no_memory_once_they_have_ended() -> None:
