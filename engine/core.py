@@ -206,6 +206,7 @@ class LLMEngine:
             shared_block_ratio=scheduler.shared_block_ratio,
             num_running=scheduler.num_running,
             num_waiting=len(residents.waiting),
+            live_sequences=scheduler.live_sequences,
             steps=counters.steps,
             prompt_tokens=counters.prompt_tokens,
             generated_tokens=counters.generated_tokens,

@@ -76,7 +76,8 @@ class RequestOutput(msgspec.Struct, kw_only=True):
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A moment of the engine. `free_blocks` counts the cached blocks that nobody refers to, too.
 
-    shared_block_ratio: of the blocks that the running sequences would hold if none shared, the part that is not needed.
+    live_sequences: that hold blocks, of all groups. shared_block_ratio: of the blocks that they would hold if none shared,
+    the part that is not needed.
     """
 
     num_blocks: int
@@ -85,6 +86,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     shared_block_ratio: float
     num_running: int
     num_waiting: int
+    live_sequences: int
     steps: int
     prompt_tokens: int
     generated_tokens: int

@@ -111,6 +111,11 @@ class Scheduler:
         return self._close([(group, update)])[0]
 
     @property
+    def live_sequences(self) -> int:
+        """Sequences that hold blocks, of all groups."""
+        return int(np.count_nonzero(self.kv.table.alive))
+
+    @property
     def shared_block_ratio(self) -> float:
         """Of the blocks that the running sequences would hold if none shared, the part that is not needed."""
         return self.kv.shared_ratio

@@ -8,7 +8,7 @@ import pytest
 from support.checkpoints import make_checkpoint
 from support.strategies import PROMPTS, STRATEGIES
 
-from pagefork import LLM, EngineConfig, LLMEngine, SamplingParams
+from pagefork import LLM, BeamSearchParams, EngineConfig, LLMEngine, SamplingParams
 
 SIZE = 4
 
@@ -54,3 +54,14 @@ def test_the_best_of_8_hold_a_prompt_of_2048_tokens_once(tmp_path: Path) -> None
         assert stats.num_blocks - stats.free_blocks <= 2048 // 16 + 8 * 3
     assert outputs[-1].metrics.blocks_copied == 0, "the prompt ends with a full block, which is never copied"
     assert outputs[-1].metrics.shared_block_ratio > 0.8
+
+
+def test_live_sequences_are_those_of_running_groups() -> None:
+    engine = LLMEngine(EngineConfig(model="demo", num_blocks=100, max_num_seqs=4))
+    engine.add_request("a", "def f(", SamplingParams(n=3, max_tokens=4, ignore_eos=True, seed=1))
+    engine.add_request("b", "def f(", BeamSearchParams(beam_width=4, max_tokens=4, ignore_eos=True))
+    seen = [engine.stats().live_sequences]
+    while engine.has_unfinished_requests():
+        engine.step()
+        seen.append(engine.stats().live_sequences)
+    assert [count for count, before in zip(seen, [None, *seen], strict=False) if count != before] == [0, 3, 0, 4, 0]

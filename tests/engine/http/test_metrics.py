@@ -32,7 +32,7 @@ def families(pair: Pair) -> dict[str, list[tuple[str, dict[str, str], float]]]:
 def test_the_names_are_there_with_their_kinds(pair: Pair) -> None:
     pair.complete()
     found = families(pair)
-    assert (GAUGES | COUNTERS | HISTOGRAMS | {"shared_block_ratio", "step_age_seconds"}) <= found.keys()
+    assert (GAUGES | COUNTERS | HISTOGRAMS | {"live_sequences", "shared_block_ratio", "step_age_seconds"}) <= found.keys()
     for name in COUNTERS:
         assert {sample for sample, _, _ in found[name]} <= {f"pagefork:{name}_total"}
     for name in HISTOGRAMS:
