@@ -127,8 +127,8 @@ class Reading:
     def _fail(self, error: ServiceError) -> None:
         self.over = True
         if not (self.aborting and error.code == Code.CANCELLED):
-            error.output = self.output() if self._outputs else None
             self.error = error
+            error.output = self.output() if self._outputs else None
 
     def _metrics(self, finished: Finished | None) -> RequestMetrics:
         if finished is None:

@@ -171,9 +171,9 @@ def test_a_second_shutdown_hastens_the_first_and_a_cancelled_one_goes_on() -> No
 def test_shutdown_and_cancellation_while_loading_end_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate()
 
-    def slow(config: EngineConfig) -> LLMEngine:
+    def slow(config: EngineConfig, *others: Any) -> LLMEngine:
         gate()
-        return LLMEngine(config)
+        return LLMEngine(config, *others)
 
     monkeypatch.setattr("pagefork.engine_thread.LLMEngine", slow)
     threads = threading.active_count()

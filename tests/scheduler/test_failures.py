@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -171,7 +172,8 @@ harness.run()
 
 
 def test_the_first_request_opens_no_file() -> None:
-    subprocess.run([sys.executable, "-c", LATE], check=True, timeout=60, cwd=Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", LATE], check=True, timeout=60, env=environment)
 
 
 def test_aborted_requests_leave_the_queue() -> None:

@@ -97,8 +97,9 @@ class Gate:
         assert self.open.wait(30), "nobody opened the gate: the loop hangs"
 
     async def arrival(self) -> None:
-        while not self.reached.is_set():
-            await asyncio.sleep(0)
+        async with asyncio.timeout(30):
+            while not self.reached.is_set():
+                await asyncio.sleep(0)
 
 
 async def cancel(task: asyncio.Task[Any]) -> None:
