@@ -93,9 +93,10 @@ class Ledger:
             self.drop(next(iter(self._kept)))
 
     def revive(self, exchange: Exchange, now: float) -> None:
-        """A kept one is to be sent again. Raises Refusal where there is no room."""
+        """A kept one is to be sent again, also where there is no room for new ones: it was accepted, and its client may lack its
+        end. Raises Refusal for too many bytes.
+        """
         if exchange in self._kept:
-            self.check_room(0, now)
             self._check_replay(exchange, now)
             del self._kept[exchange]
             self._kept_bytes -= exchange.kept_bytes

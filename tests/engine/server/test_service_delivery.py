@@ -190,15 +190,19 @@ def test_another_sessions_request_is_unknown() -> None:
     assert {error.code for error in theirs + nobodys} == {Code.INVALID_ARGUMENT}
 
 
-def test_a_kept_request_is_sent_again_only_where_there_is_room() -> None:
+def test_a_kept_request_is_sent_again_also_where_there_is_no_room_for_new_ones() -> None:
     hand = ready(max_requests=1)
     ticket = hand.open()
     hand.deliver(ticket, output(ticket, 1, finish="stop"))
     hand.take()
     hand.open("other")
-    [error] = hand.say(b"p", wire.Attach(rid="r"))
+    assert [type(message) for message in hand.say(b"p", wire.Attach(rid="r", credit=9))] == [
+        wire.Accepted,
+        wire.Deltas,
+        wire.Finished,
+    ]
+    [error] = hand.submit("new")
     assert error.code == Code.QUEUE_FULL
-    hand.say(b"p", wire.Bye())
 
 
 class Streams(RuleBasedStateMachine):
