@@ -60,7 +60,8 @@ class Limits(Checked, frozen=True, kw_only=True):
             if value is None or (name == "top_k" and isinstance(params, SamplingParams)):
                 continue
             if value > getattr(self, limit) or value < 0:
-                raise LimitError(f"{name}={value} is above this service's limit of {getattr(self, limit)} ({limit})")
+                whole = ", the whole vocabulary," if value < 0 else ""
+                raise LimitError(f"{name}={value}{whole} is above this service's limit of {getattr(self, limit)} ({limit})")
         for name, limit in _SIZES.items():
             value = getattr(params, name) or ()
             if len(value) > getattr(self, limit):

@@ -46,6 +46,7 @@ class Courier:
         frames = self._finished(exchange)
         if exchange.session.line is not None:
             exchange.session.line.post_frames(frames)
+            exchange.delivery.settle()
         self._ledger.keep(exchange, now)
 
     def _stream(self, session: Session, line: Line) -> bool:
@@ -103,6 +104,7 @@ class Courier:
             if exchange.may_finish:
                 if not line.push(self._finished(exchange)):
                     return False
+                exchange.delivery.settle()
                 self._ledger.keep(exchange, now)
                 continue
             del session.dirty[exchange]

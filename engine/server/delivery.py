@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from pagefork.outputs import CompletionOutput, RequestOutput
 from pagefork.wire import Delta, Final, Have
 
@@ -162,6 +164,17 @@ class Delivery:
             return []
         return [self._final(cursor, one) for cursor, one in zip(self._cursors, self.newest.outputs, strict=True)]
 
+    def settle(self) -> None:
+        """Its Finished was sent as it stands: who asks for it again gets what it told of, and no more."""
+        if self.newest is None or self.paused or not self.behind:
+            return
+        outputs = [
+            _cut(cursor, one) if cursor.behind else one for cursor, one in zip(self._cursors, self.newest.outputs, strict=True)
+        ]
+        self.newest = msgspec.structs.replace(self.newest, outputs=outputs)
+        for cursor in self._cursors:
+            cursor.marks = deque([_Mark(cursor.tokens, cursor.characters)])
+
     def _final(self, cursor: _Cursor, output: CompletionOutput) -> Final:
         tokens, characters = (cursor.tokens, cursor.characters) if self.stream else cursor.marks[-1]
         cut = cursor.behind and self.stream
@@ -177,3 +190,15 @@ class Delivery:
             stop_reason=None if cut else output.stop_reason,
             score=output.score,
         )
+
+
+def _cut(cursor: _Cursor, output: CompletionOutput) -> CompletionOutput:
+    """An output as far as it was sent."""
+    return msgspec.structs.replace(
+        output,
+        text=output.text[: cursor.characters],
+        token_ids=output.token_ids[: cursor.tokens],
+        logprobs=None if output.logprobs is None else output.logprobs[: cursor.tokens],
+        finish_reason="abort",
+        stop_reason=None,
+    )

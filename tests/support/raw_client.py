@@ -11,6 +11,7 @@ from typing import Any
 from pagefork import wire
 from pagefork.outputs import RequestOutput
 from pagefork.scheduler.params import CommonParams, SamplingParams
+from pagefork.server.seam import Timing
 from pagefork.wire import (
     Abort,
     Accepted,
@@ -90,6 +91,7 @@ class Asked:
     finished: Finished | None = None
     finishes: int = 0
     ended_in: bytes | None = None  # the session; a Submit that comes again in a later one is another request
+    ended_at: float = -math.inf  # and so is one that comes when the service has forgotten this one
 
     @property
     def over(self) -> bool:
@@ -235,14 +237,15 @@ class RawClient:
             grown = asked.output(final.index)
             assert final.start <= len(grown.tokens)
             grown.extend(message.rid, final)
-        if asked.finished is not None and asked.ended_in == self.session:
+        remembered = asked.ended_in == self.session and self._heard_at < asked.ended_at + Timing().keep / 2  # messages may wait
+        if asked.finished is not None and remembered:
             # One that came before the service knew what this client has says nothing of outputs.
             same = asked.finished.error == message.error
             same = same and (asked.finished.usage == message.usage or not asked.finished.outputs or not message.outputs)
             assert same, f"{message.rid} ended as {asked.finished}, and then as {message}"
         if isinstance(asked.prompt, str) and blob is not None:
             assert wire.decode_tokens(blob) == alone(asked.prompt, asked.params).prompt_token_ids
-        asked.finished, asked.ended_in = message, self.session
+        asked.finished, asked.ended_in, asked.ended_at = message, self.session, self._heard_at
 
     def _refused(self, message: wire.Error) -> None:
         self.refusals.append(message.code)

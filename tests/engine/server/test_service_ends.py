@@ -52,6 +52,19 @@ def test_abort_before_acceptance_refuses_the_request() -> None:
     assert hand.take() == [] and hand.stats().requests == 0
 
 
+@pytest.mark.parametrize("have", [0, 1])
+def test_an_end_that_cut_an_output_is_the_same_when_it_is_asked_for_again(have: int) -> None:
+    hand = ready()
+    ticket = hand.open(credit=1)
+    hand.deliver(ticket, output(ticket, 6, finish="stop", logprobs=True))
+    hand.take()
+    [first] = hand.say(b"p", wire.Abort(rid="r"))
+    again = hand.say(b"p", wire.Attach(rid="r", have=[wire.Have(have, 0)], credit=1000))[-1]
+    assert first.outputs[0].start == 1 and first.outputs[0].finish_reason == "abort"
+    assert (again.outputs[0].start, again.outputs[0].finish_reason) == (1, "abort")
+    assert (again.usage, again.error) == (first.usage, first.error)
+
+
 def test_abort_of_a_running_request_brings_what_there_was() -> None:
     hand = ready()
     ticket = hand.open()
