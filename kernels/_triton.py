@@ -1,0 +1,61 @@
+"""Triton where it is installed, what its kernels share, and when they run.
+
+On a CUDA device the kernels run as compiled; with TRITON_INTERPRET=1 in the environment Triton's interpreter runs them
+on CPU tensors, slowly and exactly as written, which is how they are tested without a GPU. Everything else goes
+through the torch references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    INTERPRETED: bool = triton.knobs.runtime.interpret
+    jit: Callable[[Callable[..., Any]], Any] = triton.jit
+    constant: Callable[[Any], Any] = tl.constexpr
+except ImportError:  # not every platform has it
+    tl = None
+    INTERPRETED = False
+
+    def jit(fn: Callable[..., Any]) -> Any:
+        return fn
+
+    def constant(value: Any) -> Any:
+        return value
+
+
+__all__ = ["INTERPRETED", "Variant", "constant", "fused", "jit", "launch", "power_of_two", "tl"]
+
+
+def fused(x: Tensor) -> bool:
+    """Whether operations on `x` go through Triton kernels."""
+    return x.is_cuda or INTERPRETED
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `n` and `least`."""
+    return max(least, 1 << max(0, n - 1).bit_length())
+
+
+class Variant(NamedTuple):
+    """A configuration of a kernel that is launched in practice: what compiling it ahead of time needs.
+
+    types: Triton's types of the arguments that are not constants ("*bf16", "i32", "fp32"), by name and in order.
+    """
+
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int = 4
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, **constants: Any) -> None:
+    """Runs a kernel. Multiplications and additions are never fused: what a program computes is what it says."""
+    if 0 not in grid:
+        kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=False)
