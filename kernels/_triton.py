@@ -7,7 +7,8 @@ through the torch references.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -17,20 +18,29 @@ try:
     import triton.language as tl
 
     INTERPRETED: bool = triton.knobs.runtime.interpret
-    jit: Callable[[Callable[..., Any]], Any] = triton.jit
     constant: Callable[[Any], Any] = tl.constexpr
 except ImportError:  # not every platform has it
     tl = None
     INTERPRETED = False
-
-    def jit(fn: Callable[..., Any]) -> Any:
-        return fn
 
     def constant(value: Any) -> Any:
         return value
 
 
 __all__ = ["INTERPRETED", "Variant", "constant", "fused", "jit", "launch", "power_of_two", "tl"]
+
+
+def jit(fn: Callable[..., Any] | None = None, *, changing: Sequence[str] = ()) -> Any:
+    """Makes a kernel, or a function that kernels call.
+
+    Triton compiles a kernel again for a number that is 1 or a multiple of 16, and for a pointer to a multiple of 16 bytes. Of
+    arguments that are `changing` from call to call it does not: no step waits for a compiler because of their values.
+    """
+    if fn is None:
+        return partial(jit, changing=changing)
+    if tl is None:
+        return fn
+    return triton.jit(fn, do_not_specialize=changing, do_not_specialize_on_alignment=changing)
 
 
 def fused(x: Tensor) -> bool:

@@ -88,12 +88,17 @@ def reference(logits: Tensor, entries: Tensor, own: bool) -> GroupStats:
 
 
 @jit
+def token_mass(x: tl.tensor, top: tl.tensor, temperature: tl.tensor) -> tl.tensor:
+    """int32: what values add to the mass of a group whose largest value is `top`, finite."""
+    # Adding 1 leaves the weight, rounded to units, in the mantissa: no conversion, and integers add up in any order.
+    weight = tl.exp2((x - top) * (_LOG2_E / temperature)) + 1.0
+    return weight.to(tl.int32, bitcast=True) - 0x3F800000
+
+
+@jit
 def group_mass(x: tl.tensor, top: tl.tensor, temperature: tl.tensor) -> tl.tensor:
     """int32 [N] of values x [N, GROUP] and the largest of each group, top [N]."""
-    # Adding 1 leaves the weight, rounded to units, in the mantissa: no conversion, and integers add up in any order.
-    depth = x - tl.where(top == -float("inf"), 0.0, top)[:, None]
-    weight = tl.exp2(depth * (_LOG2_E / temperature)) + 1.0
-    return tl.sum(weight.to(tl.int32, bitcast=True) - 0x3F800000, 1)
+    return tl.sum(token_mass(x, tl.where(top == -float("inf"), 0.0, top)[:, None], temperature), 1)
 
 
 @jit
