@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._triton import jit, tl
+
 ROUNDS = 10
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -46,3 +48,17 @@ def uniform(seed: Tensor, stream: Tensor, position: Tensor) -> Tensor:
     high, low, _, _ = philox4x32(key, counter)
     bits: Tensor = (high << 21) | (low >> 11)
     return bits.double().mul_(2.0**-53)
+
+
+@jit
+def uniform_bits(seed: tl.tensor, stream: tl.tensor, position: tl.tensor) -> tl.tensor:
+    """uint64 scalar: the 53 bits of `uniform`, times 2^11. seed, stream: int64; position: int32."""
+    zero = position * 0
+    words = tl.philox(seed, position, stream.to(tl.int32), (stream >> 32).to(tl.int32), zero)
+    return ((words[0].to(tl.uint64) << 32) | words[1].to(tl.uint64)) & 0xFFFFFFFFFFFFF800
+
+
+@jit
+def aimed(bits: tl.tensor, mass: tl.tensor) -> tl.tensor:
+    """int64 scalar: floor(uniform * mass), exactly. bits: of `uniform_bits`; mass: int64, at least 0."""
+    return tl.umulhi(bits, mass.to(tl.uint64)).to(tl.int64)

@@ -2,6 +2,7 @@
 
 The draw is a pure function of the row's logits and parameters and of (seed, stream, position): one Philox call per
 row, no noise per vocabulary entry. Neither other rows, their number nor their order can change it.
+On a GPU the rows become entries of `group_stats` and `draw`, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ import torch
 from torch import Tensor
 
 from ._arguments import PerRow, per_row
+from ._triton import fused
 from .distribution import Distribution
+from .draw import draw
+from .entries import ENTRY, Entry
 from .filters import GREEDY, check_min_p, check_temperature, check_top_k, check_top_p
+from .group_stats import group_stats
 from .philox import uniform
 from .scratch import Scratch, chunks, widened
 
@@ -44,8 +49,16 @@ def sample(
     greedy = heat < GREEDY
     heat = torch.where(greedy, 1.0, heat)
     limits = check_top_k(logits, top_k), check_top_p(logits, top_p), check_min_p(logits, min_p)
-    keys = (("seed", seed), ("stream", stream), ("position", position))
-    numbers = uniform(*(per_row(name, value, logits, torch.int64) for name, value in keys))
+    names = (("seed", seed), ("stream", stream), ("position", position))
+    keys = [per_row(name, value, logits, torch.int64) for name, value in names]
+    if fused(logits):
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        entries = _entries(greedy, heat, limits, keys)
+        own = isinstance(temperature, Tensor) or GREEDY <= temperature != 1
+        filtered = any(isinstance(value, Tensor) or value != off for value, off in ((top_k, 0), (top_p, 1), (min_p, 0)))
+        found = draw(logits, entries, group_stats(logits, entries, own), None, filtered=filtered)
+        return Sample(found.token, found.logprob, found.bad)
+    numbers = uniform(*keys)
     token = torch.empty_like(greedy, dtype=torch.int64)
     logprob, bad = torch.empty_like(heat), torch.empty_like(greedy)
     scratch = Scratch()
@@ -56,6 +69,25 @@ def sample(
         logprob[part] = dist.scale().log_probs(dist.values.gather(-1, token[part, None]))[:, 0]
         bad[part] = dist.bad
     return Sample(token, logprob, bad)
+
+
+def _entries(greedy: Tensor, heat: Tensor, limits: tuple[Tensor, Tensor, Tensor], keys: list[Tensor]) -> Tensor:
+    """The rows as entries, int32 [B, WORDS] of `ENTRY`. heat: 1 where greedy."""
+    top_k, top_p, min_p = limits
+    given = {
+        "row": torch.arange(len(heat), dtype=torch.int32, device=heat.device),
+        "flags": (greedy * int(Entry.GREEDY) + (heat != 1) * int(Entry.OWN) + int(Entry.PROCESSED)).int(),
+        "temperature": heat,
+        "top_k": top_k.clamp(max=2**31 - 1).int(),
+        "top_p": top_p,
+        "min_p_depth": heat.double() * min_p.log(),
+        "seed": keys[0],
+        "stream": keys[1],
+        "position": keys[2].int(),
+    }
+    unused = torch.zeros_like(given["row"])
+    assert ENTRY.names is not None
+    return torch.cat([given.get(name, unused).contiguous()[:, None].view(torch.int32) for name in ENTRY.names], 1)
 
 
 def choose(dist: Distribution, greedy: Tensor, numbers: Tensor) -> Tensor:
