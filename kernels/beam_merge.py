@@ -9,7 +9,6 @@ pairs in them ordered. Rows may come in slices; the best pairs so far of a group
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,18 +16,13 @@ import torch
 from torch import Tensor
 
 from ._arguments import check_logits
+from ._triton import fused
 from .distribution import Scale
+from .merge_rows import Merged, check_groups, merge_log_probs
 from .scratch import GROUP, Scratch, chunks, widened
 from .top_logprobs import best_ids, padded
 
-
-class Merged(NamedTuple):
-    """The best pairs of each group, [G, n]; where fewer are possible, parent and token are -1, the others -inf."""
-
-    parent: Tensor  # int64, the row
-    token: Tensor  # int64
-    score: Tensor  # fp32
-    logprob: Tensor  # fp32
+__all__ = ["Merge", "Merged", "beam_merge"]
 
 
 def beam_merge(logprobs: Tensor, bias: Tensor, offsets: Sequence[int], n: int) -> Merged:
@@ -36,12 +30,15 @@ def beam_merge(logprobs: Tensor, bias: Tensor, offsets: Sequence[int], n: int) -
 
     logprobs: floating [P, V], -inf is impossible; a row that has NaN or +inf is impossible as a whole. bias: fp32 [P],
     at most finite. offsets: [G+1] from 0 to P, ascending; group g has the rows offsets[g] .. offsets[g+1]. Raises
-    ValueError for other shapes, and unless n >= 1.
+    ValueError for other shapes, and unless n >= 1; what a bias on a CUDA device holds is not looked at.
     """
     check_logits(logprobs)
     rows = len(logprobs)
-    if bias.shape != (rows,) or bias.dtype != torch.float32 or not bool((bias < torch.inf).all()):
+    if bias.shape != (rows,) or bias.dtype != torch.float32 or not (bias.is_cuda or bool((bias < torch.inf).all())):
         raise ValueError(f"bias must be float32 [{rows}] without NaN or +inf, not {bias.dtype} {list(bias.shape)}")
+    if fused(logprobs):
+        check_groups(offsets, rows, n)
+        return merge_log_probs(logprobs, bias, offsets, n)
     merge = Merge(offsets, rows, n, logprobs.device)
     scratch = Scratch()
     for cut in chunks(rows, logprobs.shape[1], logprobs.device):
@@ -68,10 +65,7 @@ class Merge:
 
     def __init__(self, offsets: Sequence[int], rows: int, n: int, device: torch.device) -> None:
         """As in `beam_merge`; rows: P. Raises ValueError."""
-        if n < 1:
-            raise ValueError(f"n={n} is refused: it must be >= 1")
-        if not len(offsets) or (offsets[0], offsets[-1]) != (0, rows) or any(a > b for a, b in itertools.pairwise(offsets)):
-            raise ValueError(f"offsets must ascend from 0 to {rows}, the number of rows, not {list(offsets)}")
+        check_groups(offsets, rows, n)
         self._offsets, self._n, self._device = offsets, n, device
         self._first = 0  # row of the next slice
         self._group = 0  # the first group that it may belong to
