@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .copy_rows import copy_rows
+
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, blocks: Tensor, offsets: Tensor) -> None:
     """Stores the keys and values of T tokens, token t at offset offsets[t] of block blocks[t].
@@ -30,8 +32,6 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, blocks: Ten
 def copy_blocks(cache: Tensor, src: Tensor, dst: Tensor) -> None:
     """Copies block src[i] to dst[i] in every layer of a cache [layers, blocks, ...]; all are read before one is written.
 
-    src, dst: int64 [C]. Raises ValueError if they differ in length.
+    src, dst: int64 [C]; no destination occurs twice. Raises ValueError if they differ in length.
     """
-    if src.dim() != 1 or src.shape != dst.shape:
-        raise ValueError(f"blocks are copied one to one; given {list(src.shape)} sources and {list(dst.shape)} destinations")
-    cache[:, dst] = cache[:, src]
+    copy_rows(cache, src, dst, dim=1)

@@ -5,31 +5,49 @@
 States are held unit-normalised in pages, so a cosine is a dot product, added up in fp32. The candidates of one search
 share all blocks but the last ones: neighbours whose tables begin alike form a run, which reads the blocks that begin
 them once, as a matrix product with ROWS queries. All entries read their last blocks on their own. What is multiplied
-has the same shape whoever else is read, so that nobody else changes a result.
+has the same shape whoever else is read, so that nobody else changes a result. The kernel in similarity_tiles.py does
+the same where kernels run.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ._triton import Variant, constant, fused, jit, launch, power_of_two, tl
+from .similarity_tiles import PAIRS, best_cosines, fitting, plan
+
 ROWS = 8  # queries of one product, padded with zeros
 _OWN = 2  # blocks at the end of a table that each entry reads on its own
 _STATES = 1 << 19  # elements of states gathered at once
+_LEAST_NORM = constant(1e-12)  # what a smaller norm counts as
 
 
 def write_states(states: Tensor, pages: Tensor, blocks: Tensor, offsets: Tensor) -> None:
     """Stores the states of T tokens, divided by their norms, token t at offset offsets[t] of block blocks[t].
 
     states: floating [T, D]; pages: [blocks, block size, D]; blocks, offsets: int64 [T]. Norms are fp32; a state of
-    zeros stays one. Raises ValueError for shapes that do not fit.
+    zeros stays one. No place may occur twice, but for padding tokens. Raises ValueError for shapes that do not fit.
     """
     if states.shape != (blocks.numel(), pages.shape[2]) or offsets.shape != blocks.shape:
         raise ValueError(f"{blocks.numel()} places for states of {pages.shape[2]}; given states {list(states.shape)}")
-    pages[blocks, offsets] = unit(states).to(pages.dtype)
+    if not fused(pages):
+        pages[blocks, offsets] = unit(states).to(pages.dtype)
+        return
+    _check_together(pages)
+    size, width = pages.shape[1:]
+    args = (fitting(states, pages), pages, blocks.contiguous(), offsets.contiguous())
+    block = power_of_two(width, 1024)
+    launch(_write, (len(states),), *args, size, width, warps=block // 512, BLOCK=block)
+
+
+def _check_together(pages: Tensor) -> None:
+    if not pages.is_contiguous():
+        raise ValueError(f"pages must lie together; their strides are {pages.stride()}")
 
 
 def unit(states: Tensor) -> Tensor:
@@ -42,7 +60,7 @@ def similarity(states: Tensor, pages: Tensor, tables: Tensor, position: Tensor, 
 
     states: floating [P, D], of any norm. pages: [blocks, block size, D], as `write_states` leaves them. tables: int64
     [P, C] on the CPU, the blocks of each entry's sequence. position, window: int64 [P] on the CPU; window 0 is all.
-    Raises ValueError for other shapes, or a position outside of its table.
+    Raises ValueError for other shapes, a position outside of its table, or pages that do not lie together on a GPU.
     """
     count, size = len(states), pages.shape[1]
     if states.shape != (count, pages.shape[2]) or tables.dim() != 2 or any(len(x) != count for x in (tables, position, window)):
@@ -53,6 +71,10 @@ def similarity(states: Tensor, pages: Tensor, tables: Tensor, position: Tensor, 
     if int(position.min()) < 0 or int(position.max()) > tables.shape[1] * size or int(window.min()) < 0:
         raise ValueError(f"positions must be in [0, {tables.shape[1] * size}] and windows >= 0")
     first = torch.where(window > 0, (position - window).clamp(min=0), 0)
+    if fused(pages):
+        _check_together(pages)
+        tiles = plan(tables.numpy(), first.numpy(), position.numpy(), size, pages.device)
+        return best_cosines(states, pages, tiles)
     shared = (-(-position // size) - _OWN).clamp(min=0)  # leading blocks, all of them of earlier positions
     queries = unit(states)
     out = _over_own(queries, pages, tables, shared, first, position)
@@ -102,3 +124,30 @@ def _over_own(queries: Tensor, pages: Tensor, tables: Tensor, shared: Tensor, fi
         for i in range(0, count, step)
     ]
     return torch.where(earlier, torch.cat(found), -1.0).amax(-1)
+
+
+@jit(changing=("blocks", "offsets"))
+def _write(
+    states: tl.tensor,
+    pages: tl.tensor,
+    blocks: tl.tensor,
+    offsets: tl.tensor,
+    size: tl.tensor,
+    width: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    token, component = tl.program_id(0), tl.arange(0, BLOCK)
+    mask = component < width
+    state = tl.load(states + token.to(tl.int64) * width + component, mask=mask, other=0.0).to(tl.float32)
+    norm = tl.sqrt_rn(tl.sum(state * state, 0))
+    place = tl.load(blocks + token).to(tl.int64) * size + tl.load(offsets + token)
+    unit_state = state / tl.maximum(norm, _LEAST_NORM)
+    tl.store(pages + place * width + component, unit_state.to(pages.dtype.element_ty), mask=mask)
+
+
+def variants() -> Iterator[Variant]:
+    """`write_states` for hidden sizes up to the largest in use."""
+    for states, pages in PAIRS:
+        types = {"states": f"*{states}", "pages": f"*{pages}", "blocks": "*i64", "offsets": "*i64"}
+        for block in (4096, 8192, 16384):
+            yield Variant(_write, {**types, "size": "i32", "width": "i32"}, {"BLOCK": block}, block // 512)
