@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,11 +39,12 @@ class LogitsProcessors:
     def end_step(self) -> None:
         """Forget what was found in this step."""
         self._rows.clear()
-        self._failed.clear()
+        self._failed = {}
 
-    def failure(self, number: int) -> str | None:
-        """Why the processors of a request failed in this step, if they did."""
-        return self._failed.get(number)
+    @property
+    def failures(self) -> Mapping[int, str]:
+        """Why the processors of requests failed in this step, by number. It stays as it is when the step ends."""
+        return self._failed
 
     def apply(self, out: Tensor, number: NDArray[Any], slot: NDArray[Any], position: NDArray[Any], tokens: Tensor) -> None:
         """Process rows of logits fp32 [P, W] in place. tokens [P, L]: those of row p up to position[p] are its context.

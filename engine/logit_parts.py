@@ -20,6 +20,7 @@ from pagefork.kernels.top_logprobs import token_rank
 from pagefork.scheduler.plan import Bools, Ints
 
 from .slot_state import SlotState
+from .upload import upload
 
 
 class Part(NamedTuple):
@@ -97,7 +98,7 @@ class Parts:
         return torch.where(self.tensor(part.fields["processed"])[:, None], kept(part, processed), part.logits)
 
     def tensor(self, values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)
+        return upload(values, self.device)
 
 
 def kept(part: Part, processed: Scale) -> Tensor:

@@ -13,13 +13,14 @@ from pagefork.kernels.beam_merge import Merge, Merged
 from pagefork.kernels.distribution import Distribution, Scale
 from pagefork.kernels.scratch import Scratch, chunks
 from pagefork.kernels.top_logprobs import token_rank
-from pagefork.scheduler.plan import Probe, Reads
+from pagefork.scheduler.plan import Probe
 
 from .logit_parts import Parts, joined
+from .pending import Columns
 
 
-def read_merge(parts: Parts, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> tuple[Reads, Tensor]:
-    """What `probe` asks of logits [U, V], as in Sampler.read, and the entries whose own processors failed, bool [P].
+def read_merge(parts: Parts, logits: Tensor, probe: Probe, index: Tensor, position: NDArray[Any]) -> Columns:
+    """What `probe` asks of logits [U, V], as in Sampler.read.
 
     Bans, bias, penalties and processors apply to log-probs, as in the beam search of transformers; to logits where the probe
     is `processed`. Where none does, the log-probs of the best logits alone are computed.
@@ -41,15 +42,15 @@ def read_merge(parts: Parts, logits: Tensor, probe: Probe, index: Tensor, positi
             merge.add(part.logits, bias[cut], scale)
     model, merged = joined(scales), merge.result()
     emptied = parts.tensor(parts.state.failed(probe.slot)) & ~model.bad
-    reads = Reads(
-        bad=(model.bad | emptied).cpu().numpy(),
-        top_id=merged.token.int().cpu().numpy(),
-        top_logp=_reported(parts, logits, probe, index, model, merged).cpu().numpy(),
-        top_rank=_ranks(parts, logits, probe, index, merged),
-        parent=merged.parent.int().cpu().numpy(),
-        score=merged.score.cpu().numpy(),
-    )
-    return reads, emptied
+    return {
+        "bad": model.bad | emptied,
+        "top_id": merged.token.int(),
+        "top_logp": _reported(parts, logits, probe, index, model, merged),
+        "parent": merged.parent.int(),
+        "score": merged.score,
+        "emptied": emptied,
+        **_ranks(parts, logits, probe, index, merged),
+    }
 
 
 def _log_softmax(logits: Tensor, scale: Scale, scratch: Scratch) -> Tensor:
@@ -67,12 +68,12 @@ def _reported(parts: Parts, logits: Tensor, probe: Probe, index: Tensor, model: 
     return torch.where(processed | (merged.parent < 0), merged.logprob, own)
 
 
-def _ranks(parts: Parts, logits: Tensor, probe: Probe, index: Tensor, merged: Merged) -> NDArray[np.int32] | None:
-    """Ranks [G, n] among the model's log-probs; 0 where the spec did not ask, None where nothing is asked for."""
+def _ranks(parts: Parts, logits: Tensor, probe: Probe, index: Tensor, merged: Merged) -> Columns:
+    """Ranks [G, n] among the model's log-probs; 0 where the spec did not ask, no column where nothing is asked for."""
     wanted = parts.tensor(parts.state.fields["rank"][probe.slot])
     asked = (merged.parent >= 0) & wanted[merged.parent.clamp(min=0)]
     if not bool(asked.any()):
-        return None
+        return {}
     ranks = torch.zeros_like(merged.token)
     row, token = index[merged.parent[asked]], merged.token[asked]
     found = [
@@ -80,5 +81,4 @@ def _ranks(parts: Parts, logits: Tensor, probe: Probe, index: Tensor, merged: Me
         for cut in chunks(len(row), logits.shape[1], parts.device)
     ]
     ranks[asked] = torch.cat(found)
-    array: NDArray[np.int32] = ranks.int().cpu().numpy()
-    return array
+    return {"top_rank": ranks.int()}

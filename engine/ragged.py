@@ -28,6 +28,11 @@ class Ragged:
     def copy(self, src: NDArray[Any], dst: NDArray[Any]) -> None:
         self._begin[dst], self._count[dst] = self._begin[src], self._count[src]
 
+    def any(self, slots: NDArray[Any]) -> NDArray[np.bool_]:
+        """Whose list has items, [P]."""
+        found: NDArray[np.bool_] = self._count[slots] > 0
+        return found
+
     def gather(self, slots: NDArray[Any], wanted: NDArray[np.bool_] | None = None) -> tuple[NDArray[np.int64], NDArray[Any]]:
         """The items of the lists of `slots` [P] (of those `wanted`), one list after the other: index into slots [N], item [N]."""
         count = self._count[slots] if wanted is None else self._count[slots] * wanted

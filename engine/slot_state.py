@@ -23,6 +23,8 @@ from pagefork.scheduler.plan import Bools, Forks, Ints, Opens, Rows, Spec
 
 from .custom_logits import LogitsProcessors
 from .ragged import Ragged
+from .token_marks import TokenMarks
+from .upload import upload, upload_index
 
 _COPIED = (  # fields of a Spec that are numbers
     ("prompt_len", np.int64),
@@ -49,13 +51,22 @@ _FIRST_COLUMNS = 256
 class SlotState:
     """Parameters, sparse lists and token histories by slot."""
 
-    def __init__(self, max_slots: int, vocab_size: int, max_len: int, device: torch.device, processors: LogitsProcessors) -> None:
+    def __init__(
+        self,
+        max_slots: int,
+        vocab_size: int,
+        max_len: int,
+        device: torch.device,
+        processors: LogitsProcessors,
+        fused: bool = False,
+    ) -> None:
         self.fields = np.zeros(max_slots, _FIELDS)
         self.history: Tensor | None = None  # int32 [max_slots, columns]; what lies past a sequence's end means nothing
         self._end_ids, self._allowed = Ragged(max_slots, np.int64), Ragged(max_slots, np.int64)
         self._bias, self._words = Ragged(max_slots, _BIAS), Ragged(max_slots, _WORD)
         self._lists = self._end_ids, self._allowed, self._bias, self._words
         self._vocab_size, self._max_len, self._device, self._processors = vocab_size, max_len, device, processors
+        self.marks = TokenMarks(max_slots, vocab_size, device) if fused else None  # what the fused kernels need besides
 
     def fork(self, forks: Forks) -> None:
         """dst becomes src but for the stream; all sources are read before any slot is written."""
@@ -67,6 +78,8 @@ class SlotState:
         for lists in self._lists:
             lists.copy(src, dst)
         self.fields[dst] = copied
+        if self.marks is not None:
+            self.marks.fork(forks)
 
     def open(self, opens: Opens, specs: list[Spec]) -> None:
         """Raises ValueError for a token id outside of the vocabulary."""
@@ -88,10 +101,14 @@ class SlotState:
         count = np.where(self.fields["history"][opens.slot], opens.end - opens.begin, 0)
         row = np.repeat(np.arange(len(count)), count)
         column = np.arange(len(row)) - (count.cumsum() - count)[row]
-        self._write(opens.slot[row], column, torch.from_numpy(opens.tokens[opens.begin[row] + column]))
+        self._write(opens.slot[row], column, self._tensor(opens.tokens[opens.begin[row] + column]))
+        if self.marks is not None:
+            self.marks.open(opens, specs)
 
     def feed(self, rows: Rows, tokens: Tensor) -> None:
         """Writes the tokens fed, int64 [T], at their positions, for slots that hold histories."""
+        if self.marks is not None:
+            self.marks.feed(rows, tokens)
         held = self.fields["history"][rows.slot]
         if not held.any():
             return
@@ -103,13 +120,33 @@ class SlotState:
 
     def adjusts(self, slot: Ints, position: NDArray[Any]) -> bool:
         """Whether `adjust` would change anything."""
+        return bool(self.adjusted(slot, position).any())
+
+    def adjusted(self, slot: Ints, position: NDArray[Any]) -> Bools:
+        """Entries [P] that `adjust` would change."""
         fields = self.fields[slot]
-        return bool((fields["adjusted"] | _ends_banned(fields, position)).any())
+        changed: Bools = fields["adjusted"] | _ends_banned(fields, position)
+        return changed
+
+    def ends_banned(self, slot: Ints, position: NDArray[Any]) -> Bools:
+        """Entries [P] in which fewer than min_tokens are generated."""
+        return _ends_banned(self.fields[slot], position)
+
+    def ban_step(self, slot: Ints, position: NDArray[Any]) -> None:
+        """Notes in the token table what n-grams and words ban in slots [P], each at most once, after `position` [P]."""
+        assert self.marks is not None
+        ngram, words = self.fields["no_repeat_ngram_size"][slot], self._words.gather(slot)
+        if self.history is not None and (ngram.any() or (words[1]["back"] > 0).any()):
+            self.marks.ban_step(slot, position, self.history, ngram, words)
+
+    def restricted(self, slot: Ints) -> Bools:
+        """Entries [P] that may draw listed tokens only."""
+        return self._allowed.any(slot)
 
     def failed(self, slot: Ints) -> Bools:
         """Slots [P] of requests whose processors failed in this step."""
         numbers = self.fields["processors"][slot]
-        failures = [number for number in np.unique(numbers).tolist() if self._processors.failure(number) is not None]
+        failures = [number for number in np.unique(numbers).tolist() if number in self._processors.failures]
         return np.isin(numbers, failures)
 
     def adjust(self, logits: Tensor, slot: Ints, position: NDArray[Any], scratch: Scratch, wanted: Bools | None = None) -> Tensor:
@@ -156,6 +193,7 @@ class SlotState:
         return self.history[:, : int(length.max())].index_select(0, self._index(slot)), self._tensor(length)
 
     def _write(self, slot: NDArray[Any], column: NDArray[Any], tokens: Tensor) -> None:
+        """tokens: on the device."""
         if len(slot) == 0:
             return
         needed = int(column.max()) + 1
@@ -167,7 +205,7 @@ class SlotState:
                 grown[:, :have] = self.history
             self.history = grown
         assert self.history is not None
-        self.history[self._index(slot), self._index(column)] = tokens.to(self._device, torch.int32)
+        self.history[self._index(slot), self._index(column)] = tokens.int()
 
     def _check(self, ids: NDArray[Any]) -> None:
         wrong = ids[(ids < 0) | (ids >= self._vocab_size)]
@@ -175,10 +213,10 @@ class SlotState:
             raise ValueError(f"token id {wrong[0]} is not in the vocabulary: ids are in [0, {self._vocab_size})")
 
     def _index(self, values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(self._device, non_blocking=True)
+        return upload_index(values, self._device)
 
     def _tensor(self, values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, non_blocking=True)
+        return upload(values, self._device)
 
 
 def _ends_banned(fields: NDArray[Any], position: NDArray[Any]) -> Bools:

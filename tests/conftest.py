@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.kernels import kernel_device, need_a_gpu
+from support.launches import check_launches
 
 from pagefork import LLM
+from pagefork.kernels._triton import INTERPRETED
 
 # The models here are so small that a second thread only adds waiting.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    need_a_gpu(items)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the Triton kernels run."""
+    return kernel_device()
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is launched here is what is compiled ahead of time."""
+    check_launches(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support import logits as book
-from support.sampling import SLOTS, VOCAB, opened, random_batch
+from support.sampling import SLOTS, VOCAB, opened, random_batch, read_probe
 
 from pagefork.sampler import Sampler
 from pagefork.scheduler.plan import Kind, Probe, Reads, Spec, ints
@@ -22,7 +22,7 @@ def merge(
 ) -> Reads:
     count = len(bias)
     asked = Probe(Kind.MERGE, ints(range(count)), ints(range(count)), n, groups=ints(groups), bias=bias.astype(np.float32))
-    return sampler.read(logits, asked, torch.arange(count), np.array(position))
+    return read_probe(sampler, logits, asked, position)
 
 
 def expected_pairs(values: np.ndarray, bias: np.ndarray, n: int) -> list[tuple[int, int]]:
@@ -117,7 +117,7 @@ def test_processors_see_log_probs_once_and_a_top_of_the_same_rows_the_model() ->
         calls.clear()
         for kind in order:
             if kind is Kind.TOPN:
-                read = sampler.read(logits, top, torch.arange(3), np.array([1] * 3))
+                read = read_probe(sampler, logits, top, [1] * 3)
             else:
                 found = merge(sampler, logits, [1] * 3, np.zeros(3, np.float32), 4, (0, 3))
         torch.testing.assert_close(torch.stack(calls), logits.log_softmax(-1))
@@ -154,7 +154,7 @@ def test_a_top_of_processed_rows_does_not_call_the_processors_of_others() -> Non
     sampler.processors.register(1, 1, [note])
     logits = torch.ones(2, VOCAB)
     top = Probe(Kind.TOPN, ints([0, 1]), ints([0, 1]), 2)
-    sampler.read(logits, top, torch.arange(2), np.zeros(2, np.int64))
+    read_probe(sampler, logits, top, [0, 0])
     assert not calls
     merge(sampler, logits, [0, 0], np.zeros(2, np.float32), 2, (0, 1, 2))
     assert np.allclose(calls, [1.0])

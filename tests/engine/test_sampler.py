@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support import logits as book
-from support.sampling import SLOTS, VOCAB, opened, opens, probe, random_batch, read, rows
+from support.sampling import SLOTS, VOCAB, opened, opens, probe, random_batch, read, read_probe, rows
 
 from pagefork.scheduler.plan import Forks, Kind, Probe, Spec, ints
 
@@ -129,14 +129,14 @@ def test_top_after_sample_of_the_same_rows_reads_the_same_bits(chunk: int, monke
     for by_p, slots, ago in itertools.product((False, True), (sampled, sampled[::-2], every), (0, 1)):
         part, at = logits[slots], [max(0, position[slot] - ago) for slot in slots]
         expected = read(opened(built, histories), part, slots, at, Kind.TOPN, 9, by_p)
-        found = shared.read(logits, probe(Kind.TOPN, slots, 9, by_p), torch.tensor(slots), np.array(at))
+        found = read_probe(shared, logits, probe(Kind.TOPN, slots, 9, by_p), at, slots)
         for name in ("top_id", "top_logp", "bad", *(("top_p",) if by_p else ())):
             assert (getattr(found, name) == getattr(expected, name)).all()
     logits.neg_()
     shared.feed(*rows([], [], []))
     at = [position[slot] for slot in sampled]
     fresh = read(opened(built, histories), logits[sampled], sampled, at, Kind.TOPN, 9, True)
-    found = shared.read(logits, probe(Kind.TOPN, sampled, 9, True), torch.tensor(sampled), np.array(at))
+    found = read_probe(shared, logits, probe(Kind.TOPN, sampled, 9, True), at, sampled)
     assert (found.top_logp == fresh.top_logp).all() and (found.top_p == fresh.top_p).all()
 
 
@@ -149,7 +149,7 @@ def test_a_target_has_the_logprob_and_rank_that_drawing_it_would_report(seed: in
     assert drawn.token is not None and drawn.logp is not None and drawn.rank is not None
     top = read(opened(built, histories), logits, slots, position, Kind.TOPN, 5)
     wanted = Probe(Kind.TARGET, ints(slots), ints(slots), 5, target=drawn.token)
-    found = opened(built, histories).read(logits, wanted, torch.arange(SLOTS), np.array(position))
+    found = read_probe(opened(built, histories), logits, wanted, position)
     assert found.logp is not None and found.rank is not None and not found.bad.any()
     assert (found.logp == drawn.logp).all() and (found.rank == drawn.rank).all()
     assert (found.top_id == top.top_id).all() and (found.top_logp == top.top_logp).all()
@@ -208,7 +208,7 @@ def test_one_position_is_drawn_from_by_many_streams() -> None:
     sampler = opened([spec] * 30, [[]] * 30)
     logits = torch.zeros(2, VOCAB)
     logits[0, 1:] = -torch.inf
-    found = sampler.read(logits, probe(Kind.SAMPLE, list(range(30))), torch.ones(30, dtype=torch.long), np.full(30, 2))
+    found = read_probe(sampler, logits, probe(Kind.SAMPLE, list(range(30))), [2] * 30, [1] * 30)
     assert found.token is not None
     assert found.token.tolist() == [int(book.uniform(5, stream, 3) * VOCAB) for stream in range(30)]
 

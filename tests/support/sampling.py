@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from pagefork.pending import Fetch
 from pagefork.sampler import Sampler
 from pagefork.scheduler.plan import Kind, Opens, Probe, Reads, Rows, Spec, ints
 
@@ -47,16 +50,30 @@ def read(
     n: int = 0,
     processed: bool = False,
 ) -> Reads:
-    return sampler.read(logits, probe(kind, slots, n, processed), torch.arange(len(slots)), np.array(position))
+    return read_probe(sampler, logits, probe(kind, slots, n, processed), position)
 
 
-def opened(specs: list[Spec], histories: list[list[int]], streams: list[int] | None = None, vocab: int = VOCAB) -> Sampler:
-    sampler = Sampler(SLOTS, vocab, MAX_LEN, CPU)
+def read_probe(
+    sampler: Sampler, logits: torch.Tensor, asked: Probe, position: Sequence[int] | NDArray[Any], row: Sequence[int] | None = None
+) -> Reads:
+    """What the sampler finds; entry i reads row i of the logits where `row` does not say otherwise."""
+    rows = np.arange(len(asked.slot)) if row is None else np.array(row)
+    return Fetch([sampler.read(logits, asked, rows, np.array(position))]).reads()[0]
+
+
+def opened(
+    specs: list[Spec],
+    histories: list[list[int]],
+    streams: list[int] | None = None,
+    vocab: int = VOCAB,
+    device: torch.device = CPU,
+) -> Sampler:
+    sampler = Sampler(SLOTS, vocab, MAX_LEN, device)
     sampler.open(opens(list(range(len(specs))), histories, streams), specs)
     return sampler
 
 
-def random_spec(rng: np.random.Generator, history: list[int]) -> dict[str, Any]:
+def random_spec(rng: np.random.Generator, history: list[int], vocab: int = VOCAB) -> dict[str, Any]:
     """A spec in which every feature is on now and then."""
 
     def sometimes(value: Any, neutral: Any) -> Any:
@@ -76,7 +93,7 @@ def random_spec(rng: np.random.Generator, history: list[int]) -> dict[str, Any]:
         "no_repeat_ngram_size": sometimes(2, 0),
         "min_tokens": sometimes(4, 0),
         "end_ids": (0, 1),
-        "allowed_ids": sometimes(tuple(range(0, VOCAB, 2)), None),
+        "allowed_ids": sometimes(tuple(range(0, vocab, 2)), None),
         "bad_words": sometimes(words, ()),
         "logit_bias": sometimes(((2, 5.0), (3, -1.5)), ()),
         "processed": bool(rng.random() < 0.3),
@@ -84,8 +101,8 @@ def random_spec(rng: np.random.Generator, history: list[int]) -> dict[str, Any]:
     }
 
 
-def random_batch(count: int, seed: int) -> tuple[list[dict[str, Any]], list[list[int]], torch.Tensor]:
+def random_batch(count: int, seed: int, vocab: int = VOCAB) -> tuple[list[dict[str, Any]], list[list[int]], torch.Tensor]:
     rng = np.random.default_rng(seed)
     histories = [rng.integers(0, 6, rng.integers(1, 15)).tolist() for _ in range(count)]
-    logits = torch.from_numpy((rng.normal(size=(count, VOCAB)) * 3).astype(np.float32))
-    return [random_spec(rng, history) for history in histories], histories, logits
+    logits = torch.from_numpy((rng.normal(size=(count, vocab)) * 3).astype(np.float32))
+    return [random_spec(rng, history, vocab) for history in histories], histories, logits
