@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-gpu planted-bugs lint format tables docs wheel bench clean
+.PHONY: help demo test test-long test-gpu gpu planted-bugs lint format tables docs wheel bench clean
 export PYTHONSAFEPATH := 1
 
 VENV := .venv
@@ -29,6 +29,12 @@ test-long: $(READY)  ## run the tests that take minutes
 test-gpu: $(READY)  ## run the tests that need a CUDA device
 	@$(RUN) -m pytest -m gpu
 
+# Where torch for CUDA is installed already and there is no index: make gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(RUN)
+GPU_OUTPUT ?= benchmarks/results
+gpu: $(if $(filter $(RUN),$(GPU_PYTHON)),$(READY))  ## on a CUDA device: its tests and the kernels' benchmarks, within 8 minutes
+	@$(GPU_PYTHON) benchmarks/gpu.py --output '$(GPU_OUTPUT)'
+
 planted-bugs: $(READY)  ## plant bugs in scheduler, service and gateway, one at a time: does a test catch each?
 	@$(RUN) tests/planted_bugs.py
 
@@ -44,8 +50,9 @@ format: $(READY)  ## rewrite the files as `make lint` wants them
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-tables: $(READY)  ## write the tables of parameters in docs/ from the code
+tables: $(READY)  ## write the tables in docs/ from the code: parameters, and what compiled kernels take
 	$(RUN) docs/tables.py
+	$(RUN) docs/compiled.py
 
 docs: $(READY) $(VENV)/.docs  ## build the guides and the API reference into build/docs
 	$(RUN) -m sphinx --quiet --fail-on-warning --fresh-env -b html docs build/docs

@@ -1,0 +1,45 @@
+"""Every configuration of the Triton kernels compiles ahead of time and spills no registers; docs/kernels.md has its numbers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from pagefork.kernels._triton import INTERPRETED, tl
+
+DOCS = Path(__file__).parents[2] / "docs"
+sys.path.insert(0, str(DOCS))
+import compiled  # noqa: E402
+
+pytestmark = pytest.mark.skipif(tl is None or INTERPRETED, reason="needs Triton's compiler")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled stays out of the user's home."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize("module", compiled.modules())
+def test_the_largest_of_every_kind_spills_nothing_and_takes_what_the_table_says(module: str) -> None:
+    """Of every choice of flags the largest sizes."""
+    import triton
+
+    document = (DOCS / "kernels.md").read_text()
+    rows = {}
+    for variant in compiled.largest(module):
+        found = {capability: compiled.footprint(variant, capability) for capability in compiled.CAPABILITIES}
+        rows[compiled.row(module, variant, found)] = max(footprint.stack for footprint in found.values())
+    assert not [row for row, stack in rows.items() if stack]
+    if f"Triton {triton.__version__} " in document:  # another compiler takes other numbers
+        assert not [row for row in rows if row not in document], "run `make tables`"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("capability", compiled.CAPABILITIES)
+@pytest.mark.parametrize("module", compiled.modules())
+def test_nothing_spills(module: str, capability: int) -> None:
+    found = [(variant, compiled.footprint(variant, capability)) for variant in compiled.variants(module)]
+    assert not [compiled.row(module, variant, {capability: taken}) for variant, taken in found if taken.stack]
