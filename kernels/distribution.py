@@ -12,10 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .groups import Best, find_best, gathered, group_sums, grouped
 from .scratch import GROUP, Scratch
 from .threshold import heavy_threshold
 
+SPARSE = 3  # groups that matter are gathered where the row has at least so many times as many
 HEAD = 128  # filters that end among this many best tokens are found by a partial sort
+SPREAD = 2.0  # the best tokens may share groups: how far the estimate of their mass may fall short
 REACH = 40.0  # exp(-40) is below the unit of probability
 _UNIT = 2.0**52
 
@@ -39,9 +42,11 @@ class Scale(NamedTuple):
         return logp.masked_fill_(values < self.floor[:, None], -torch.inf)
 
 
-class _Best(NamedTuple):
-    values: Tensor  # [R, n]
-    ids: Tensor  # [R, n]
+class _Kept(NamedTuple):
+    """The weights of the tokens that are left."""
+
+    groups: Tensor | None  # int64 [R, n], the groups that are not empty and perhaps others, ascending; None: all groups
+    weight: Tensor  # fp32 [R, n * GROUP], of those
 
 
 class Distribution:
@@ -52,7 +57,7 @@ class Distribution:
     """
 
     def __init__(self, values: Tensor, temperature: Tensor | None, scratch: Scratch) -> None:
-        self.group_tops = self._groups(values).amax(-1)
+        self.group_tops = grouped(values).amax(-1)
         top = self.group_tops.amax(-1)
         self.bad = ~torch.isfinite(top)
         if bool(self.bad.any()):  # a harmless row in its place
@@ -65,7 +70,7 @@ class Distribution:
 
     @cached_property
     def weight(self) -> Tensor:
-        """Probability in units of 2^-52, fp32 [B, W]; 0 for what was taken out."""
+        """Probability before `restrict` in units of 2^-52, fp32 [B, W]."""
         depth = self.values
         if self.temperature is not None:  # relative to the largest: division by a small temperature can't overflow
             depth = torch.sub(depth, self.top[:, None], out=self.scratch.like("mask", depth)).div_(self.temperature[:, None])
@@ -74,16 +79,26 @@ class Distribution:
     @cached_property
     def peak(self) -> Tensor:
         """The largest weight, float64 [B]."""
-        return self.weight.amax(-1).double()
+        return self.weight.gather(-1, self.best()[:, None])[:, 0].double()
+
+    @cached_property
+    def kept(self) -> _Kept:
+        """What can be drawn."""
+        return _Kept(None, self.weight)
+
+    @cached_property
+    def group_mass(self) -> Tensor:
+        """The mass of every group of `kept`, float64 [B, n]."""
+        return group_sums(self.kept.weight, self.scratch)
 
     @cached_property
     def cumulative(self) -> Tensor:
-        """The mass up to the end of every group of tokens, float64 [B, W / GROUP]."""
-        return self._groups(self.weight).sum(-1, dtype=torch.float64).cumsum_(-1)
+        """The mass up to the end of every group of `kept`, float64 [B, n]."""
+        return self.group_mass.cumsum(-1)
 
     @property
     def mass(self) -> Tensor:
-        """The sum of the weights, float64 [B]."""
+        """The sum of the weights that are kept, float64 [B]."""
         return self.cumulative[:, -1]
 
     def scale(self) -> Scale:
@@ -96,8 +111,9 @@ class Distribution:
         """Takes out what `find_floor` says. Once only."""
         self.floor = self.find_floor(top_k, top_p, min_p)
         if self.floor is not None:
-            self.weight.mul_(self._at_least(self.values, self.floor))
-            self.__dict__.pop("cumulative", None)
+            self.kept = self._at_least(self.floor)
+            for known in ("group_mass", "cumulative"):
+                self.__dict__.pop(known, None)
 
     def find_floor(self, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor | None:
         """The smallest value that passes top-k, then top-p of the remaining mass, then min-p; None where all are off.
@@ -117,7 +133,7 @@ class Distribution:
     def best(self) -> Tensor:
         """The most probable token, the lowest id of ties, int64 [B]."""
         group = self.group_tops.argmax(-1)  # an argmax over all tokens is not vectorised on a CPU
-        return group * GROUP + self._group(self.values, group).argmax(-1)
+        return group * GROUP + gathered(self.values, group[:, None]).argmax(-1)
 
     def draw(self, uniform: Tensor) -> Tensor:
         """The first token id whose cumulative mass, in id order, exceeds uniform * mass. uniform: float64 [B] in [0, 1)."""
@@ -125,15 +141,11 @@ class Distribution:
         aim = torch.minimum((uniform[:, None] * mass).floor_(), mass - 1)
         group = torch.searchsorted(self.cumulative, aim, right=True)
         before = torch.where(group > 0, self.cumulative.gather(-1, (group - 1).clamp_(min=0)), 0.0)
-        inside = self._group(self.weight, group[:, 0]).double().cumsum_(-1)
-        return (group * GROUP + torch.searchsorted(inside, aim - before, right=True))[:, 0]
-
-    def _groups(self, values: Tensor) -> Tensor:
-        return values.view(len(values), -1, GROUP)
-
-    def _group(self, values: Tensor, group: Tensor) -> Tensor:
-        """One group of each row, [B, GROUP]. values: [B, W], group: int64 [B]."""
-        return self._groups(values).gather(1, group[:, None, None].expand(-1, 1, GROUP))[:, 0]
+        inside = gathered(self.kept.weight, group).double().cumsum_(-1)
+        lane = torch.searchsorted(inside, aim - before, right=True)
+        if self.kept.groups is not None:
+            group = self.kept.groups.gather(-1, group)
+        return (group * GROUP + lane)[:, 0]
 
     def _min_p_floor(self, min_p: Tensor) -> Tensor:
         """p >= min_p * max p, as a threshold on the value: the smallest fp32 not below top + T log(min_p)."""
@@ -147,8 +159,8 @@ class Distribution:
         limited, nucleus = top_k > 0, top_p < 1.0
         short = limited & (top_k <= HEAD)
         compact = nucleus & ~limited
-        if bool(compact.any()):  # a token weighs `peak` at most, so a larger nucleus can't end within the head
-            compact &= top_p * self.mass <= HEAD * self.peak
+        if bool(compact.any()):
+            compact &= top_p <= SPREAD * self._head_share()
         rows, best = self._head(short, compact, top_k)
         k_floor = torch.full_like(self.top, -torch.inf)
         if bool(short.any()):
@@ -160,7 +172,9 @@ class Distribution:
             k_floor[deep] = heavy_threshold(values, None, top_k[deep].double(), self.top[deep], torch.inf, self.scratch)
         if not bool(nucleus.any()):
             return [k_floor]
-        target = top_p * self._mass_above(k_floor, limited & nucleus)
+        crossed = limited & nucleus
+        share = not (len(rows) or bool(crossed.any()))  # the search adds up all weights anyway
+        target = top_p if share else top_p * self._mass_above(k_floor, crossed)
         p_floor = torch.full_like(self.top, -torch.inf)
         if len(rows):
             mass = self.weight[rows[:, None], best.ids].double().cumsum_(-1)
@@ -169,29 +183,48 @@ class Distribution:
             p_floor[rows[reached]] = best.values[reached].gather(-1, place[reached])[:, 0]
         rest = nucleus & (p_floor == -torch.inf)
         if bool(rest.any()):
-            reach = REACH if self.temperature is None else REACH * self.temperature[rest]
             values, weight = self.scratch.rows("picked", self.values, rest), self.scratch.rows("picked weight", self.weight, rest)
-            p_floor[rest] = heavy_threshold(values, weight, target[rest], self.top[rest], reach, self.scratch)
+            reach = REACH if self.temperature is None else REACH * self.temperature[rest]
+            p_floor[rest] = heavy_threshold(values, weight, target[rest], self.top[rest], reach, self.scratch, share=share)
         return [k_floor, p_floor]
 
-    def _head(self, short: Tensor, compact: Tensor, top_k: Tensor) -> tuple[Tensor, _Best]:
-        """The marked rows [R] and their best tokens, as many as the marks ask for, in descending order."""
-        marked = short | compact
-        rows = marked.nonzero()[:, 0]
+    def _head_share(self) -> Tensor:
+        """About the probability of the HEAD best tokens, float64 [B]: as if each was the best of its group."""
+        tops = self.group_tops.topk(min(HEAD, self.group_tops.shape[1]), sorted=False).values
+        depth = tops - self.top[:, None] if self.temperature is None else (tops - self.top[:, None]) / self.temperature[:, None]
+        return depth.double().exp_().sum(-1) * self.peak / _UNIT
+
+    def _head(self, short: Tensor, compact: Tensor, top_k: Tensor) -> tuple[Tensor, Best]:
+        """The marked rows [R] and their best tokens, as many as the marks ask for."""
+        rows = (short | compact).nonzero()[:, 0]
         if len(rows) == 0:
-            return rows, _Best(self.values[rows, :1], rows[:, None])
+            return rows, Best(self.values[rows, :1], rows[:, None])
         depth = HEAD if bool(compact.any()) else int(top_k[short].amax())
-        return rows, _Best(*self.scratch.rows("picked", self.values, marked).topk(min(depth, self.values.shape[1])))
+        return rows, find_best(self.values, self.group_tops, min(depth, self.values.shape[1]), rows)
 
     def _mass_above(self, floor: Tensor, rows: Tensor) -> Tensor:
         """The mass of values >= floor for the rows marked, the whole mass of the others."""
         if not bool(rows.any()):
             return self.mass
-        mass = self.mass.clone()
-        kept = self._at_least(self.scratch.rows("picked", self.values, rows), floor[rows])
-        mass[rows] = kept.mul_(self.scratch.rows("picked weight", self.weight, rows)).sum(-1, dtype=torch.float64)
+        mass = torch.zeros_like(self.peak) if bool(rows.all()) else self.mass.clone()
+        mass[rows] = self._at_least(floor[rows], rows).weight.sum(-1, dtype=torch.float64)
         return mass
 
-    def _at_least(self, values: Tensor, floor: Tensor) -> Tensor:
-        """1.0 where values >= floor, else 0.0: on a CPU a comparison that yields bools is several times slower."""
-        return torch.ge(values, floor[:, None], out=self.scratch.like("mask", values))
+    def _at_least(self, floor: Tensor, rows: Tensor | None = None) -> _Kept:
+        """The tokens with values >= floor [R], of the rows marked in bool [B] (None: all, and `weight` may be overwritten).
+
+        Of few groups where their maxima leave few in every row; otherwise of all.
+        """
+        tops = self.group_tops if rows is None else self.group_tops[rows]
+        count = int((tops >= floor[:, None]).sum(-1).amax())
+        if SPARSE * count <= tops.shape[1]:
+            groups = tops.topk(count, sorted=False).indices.sort(-1).values
+            index = None if rows is None else rows.nonzero()[:, 0]
+            few, weight = (gathered(whole, groups, index) for whole in (self.values, self.weight))
+            return _Kept(groups, weight.mul_(few >= floor[:, None]))
+        values, weight = self.values, self.weight
+        if rows is not None:
+            values, weight = self.scratch.rows("picked", values, rows), self.scratch.rows("picked weight", weight, rows)
+        # 1.0 or 0.0: on a CPU a comparison that yields bools is several times slower
+        mask = torch.ge(values, floor[:, None], out=self.scratch.like("mask", values))
+        return _Kept(None, torch.mul(mask, weight, out=weight if rows is None else mask))

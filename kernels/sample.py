@@ -20,7 +20,7 @@ from .entries import ENTRY, Entry
 from .filters import GREEDY, check_min_p, check_temperature, check_top_k, check_top_p
 from .group_stats import group_stats
 from .philox import uniform
-from .scratch import Scratch, chunks, widened
+from .scratch import chunks, thread_scratch, widened
 
 
 class Sample(NamedTuple):
@@ -61,7 +61,7 @@ def sample(
     numbers = uniform(*keys)
     token = torch.empty_like(greedy, dtype=torch.int64)
     logprob, bad = torch.empty_like(heat), torch.empty_like(greedy)
-    scratch = Scratch()
+    scratch = thread_scratch(logits.device)
     for part in chunks(len(logits), logits.shape[1], logits.device):
         dist = Distribution(widened(logits[part], scratch), None if bool((heat[part] == 1).all()) else heat[part], scratch)
         dist.restrict(*(limit[part] for limit in limits))

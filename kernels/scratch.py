@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 
 import torch
 from torch import Tensor
 
 GROUP = 64  # columns are padded to whole groups of this many tokens
-CHUNK = 1 << 21  # logits worked on at once on a CPU: passes over them stay near the cache, and calls are few
+CHUNK = 1 << 22  # logits worked on at once on a CPU: bounds memory; with less, calls cost more than the cache gives
+SLICE = 1 << 19  # numbers widened to 8 bytes at once
 
 
 class Scratch:
@@ -27,7 +29,8 @@ class Scratch:
         key, size = (name, dtype, device), math.prod(shape)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # what is made in inference mode could not be written to outside of it
+                buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
         return buffer[:size].view(shape)
 
     def like(self, name: str, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -41,6 +44,22 @@ class Scratch:
         index = rows.nonzero()[:, 0]
         out = self.take(name, (len(index), values.shape[1]), values.dtype, values.device)
         return torch.index_select(values, 0, index, out=out)
+
+
+class _PerThread(threading.local):
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+
+
+_PER_THREAD = _PerThread()
+
+
+def thread_scratch(device: torch.device) -> Scratch:
+    """On a CPU the calling thread's own, for work that ends before its caller returns; a new one elsewhere.
+
+    It keeps some buffers of CHUNK numbers: whether an allocator would is a matter of what a program freed before.
+    """
+    return _PER_THREAD.scratch if device.type == "cpu" else Scratch()
 
 
 def widened(logits: Tensor, scratch: Scratch) -> Tensor:
@@ -61,6 +80,16 @@ def widened(logits: Tensor, scratch: Scratch) -> Tensor:
 
 def chunks(rows: int, vocab: int, device: torch.device) -> list[slice]:
     """Even slices of `rows` that fit the cache on a CPU; one slice elsewhere. No result depends on the split."""
-    parts = max(1, min(rows, -(-rows * vocab // CHUNK))) if device.type == "cpu" else 1
+    return _slices(rows, vocab, device, CHUNK)
+
+
+def wide_chunks(values: Tensor) -> list[slice]:
+    """As `chunks`, of the rows of `values` [B, W], for work in 8 bytes per entry."""
+    rows, columns = values.shape
+    return _slices(rows, columns, values.device, SLICE)
+
+
+def _slices(rows: int, columns: int, device: torch.device, size: int) -> list[slice]:
+    parts = max(1, min(rows, -(-rows * columns // size))) if device.type == "cpu" else 1
     edges = [rows * part // parts for part in range(parts + 1)]
     return [slice(begin, end) for begin, end in itertools.pairwise(edges)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .scratch import GROUP, Scratch
+from .scratch import GROUP, Scratch, wide_chunks
 
 BUCKETS = 4096
 FEW = 2048  # columns that are sorted rather than searched
@@ -26,26 +26,25 @@ def heavy_threshold(
     high: Tensor,
     reach: Tensor | float,
     scratch: Scratch,
+    *,
+    share: bool = False,
     rounds: int = ROUNDS,
 ) -> Tensor:
-    """The largest t of each row with sum(weight[values >= t]) >= target.
+    """The largest t of each row with sum(weight[values >= t]) >= target, or, `share`, >= target * sum(weight).
 
     values: fp32 [R, N] without NaN, N a multiple of GROUP. weight: fp32 [R, N] of integers (None: ones).
-    target: float64 [R], in (0, sum of weights]. high: fp32 [R], the largest values, finite.
+    target: float64 [R], in (0, sum of weights], or in (0, 1]. high: fp32 [R], the largest values, finite.
     reach: how far below them t is expected (fp32 [R] or one number); further away it is found more slowly.
-    Returns fp32 [R]. Uses the buffers "mask", "place" and "exact".
+    Returns fp32 [R]. Uses the buffers "mask", "buckets", "place" and "exact".
     """
-    rows, columns = values.shape
-    if columns <= FEW or rounds == 0:
-        return _by_sorting(values, weight, target)
+    if values.shape[1] <= FEW or rounds == 0:
+        return _by_sorting(values, weight, target, share)
     low = values.amin(-1)
     span = (high - low).clamp_(max=reach).clamp_(1e-30, -_LOWEST)
     bucket = torch.sub(high[:, None], values, out=scratch.like("mask", values))
     bucket.mul_((BUCKETS / span)[:, None]).clamp_(max=BUCKETS - 1).floor_()
-    first = torch.arange(0, rows * BUCKETS, BUCKETS, dtype=torch.int32, device=values.device)
-    place = scratch.like("place", values, torch.int32).copy_(bucket).add_(first[:, None]).view(-1)
-    exact = None if weight is None else scratch.like("exact", weight, torch.float64).copy_(weight).view(-1)
-    mass = torch.bincount(place, exact, minlength=rows * BUCKETS).view(rows, BUCKETS).double().cumsum_(-1)
+    mass = _histogram(bucket, weight, scratch).cumsum_(-1)
+    target = target * mass[:, -1] if share else target
     chosen = torch.searchsorted(mass, target[:, None]).clamp_(max=BUCKETS - 1)
     above = torch.where(chosen > 0, mass.gather(-1, (chosen - 1).clamp_(min=0)), 0.0)
     constant = (high == low)[:, None]  # nothing to search for: match no bucket
@@ -53,8 +52,19 @@ def heavy_threshold(
     members, member_weight = _gather_members(values, weight, high, bucket)
     if members.shape[1] == 0:
         return high
-    found = heavy_threshold(members, member_weight, target - above[:, 0], members.amax(-1), torch.inf, scratch, rounds - 1)
+    found = heavy_threshold(members, member_weight, target - above[:, 0], members.amax(-1), torch.inf, scratch, rounds=rounds - 1)
     return torch.where(constant[:, 0], high, found)
+
+
+def _histogram(bucket: Tensor, weight: Tensor | None, scratch: Scratch) -> Tensor:
+    """The mass in every bucket, float64 [R, BUCKETS]. bucket: fp32 [R, N]. Uses the buffers "buckets", "place" and "exact"."""
+    mass = scratch.take("buckets", (len(bucket), BUCKETS), torch.float64, bucket.device).zero_()
+    for cut in wide_chunks(bucket):
+        place = scratch.like("place", bucket[cut], torch.int64).copy_(bucket[cut])
+        exact = scratch.like("exact", bucket[cut], torch.float64)
+        exact = exact.fill_(1.0) if weight is None else exact.copy_(weight[cut])
+        mass[cut].scatter_add_(-1, place, exact)  # a bincount is as fast, but on one thread
+    return mass
 
 
 def _gather_members(values: Tensor, weight: Tensor | None, default: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,8 +85,9 @@ def _gather_members(values: Tensor, weight: Tensor | None, default: Tensor, chos
     return members, member_weight
 
 
-def _by_sorting(values: Tensor, weight: Tensor | None, target: Tensor) -> Tensor:
+def _by_sorting(values: Tensor, weight: Tensor | None, target: Tensor, share: bool) -> Tensor:
     values, order = values.sort(-1, descending=True)
     mass = (torch.ones_like(values) if weight is None else weight.gather(-1, order)).double().cumsum_(-1)
+    target = target * mass[:, -1] if share else target
     chosen = torch.searchsorted(mass, target[:, None]).clamp_(max=values.shape[1] - 1)
     return values.gather(-1, chosen)[:, 0]

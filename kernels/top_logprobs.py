@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from ._arguments import check_logits
+from ._reading import plain_entries
+from ._triton import fused
+from .best_tokens import MAX_BEST, best_tokens
 from .distribution import Distribution
+from .group_stats import group_stats
+from .groups import find_best, grouped
+from .scales import model_scale
 from .scratch import GROUP, Scratch, widened
 
 
@@ -26,11 +32,22 @@ def top_logprobs(logits: Tensor, n: int) -> TopLogprobs:
     check_logits(logits)
     if n < 0:
         raise ValueError(f"n={n} is refused: it must be >= 0")
+    if fused(logits) and 0 < n <= MAX_BEST:
+        return _of_groups(logits, n)
     scratch = Scratch()
     dist = Distribution(widened(logits, scratch), None, scratch)
     ids = best_ids(dist.values, min(n, logits.shape[1]))
     logprobs = dist.scale().log_probs(dist.values.gather(-1, ids))
     return TopLogprobs(padded(ids, n, -1), padded(logprobs, n, -torch.inf))
+
+
+def _of_groups(logits: Tensor, n: int) -> TopLogprobs:
+    """By the kernels that read records of groups."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    entries = plain_entries(len(logits), logits.device)
+    stats = group_stats(logits, entries, False)
+    ids, values = best_tokens(logits, entries, stats, None, n, impossible=True)
+    return TopLogprobs(ids, model_scale(stats).log_probs(values))
 
 
 def padded(values: Tensor, n: int, fill: float) -> Tensor:
@@ -42,7 +59,9 @@ def best_ids(values: Tensor, n: int) -> Tensor:
     """The ids of the n <= W largest values of each row of fp32 [B, W]: int64 [B, n], descending, ties to the lower id."""
     if n == 0:
         return torch.empty(len(values), 0, dtype=torch.int64, device=values.device)
-    best, ids = values.topk(min(n + 1, values.shape[1]))
+    depth = min(n + 1, values.shape[1])
+    whole = values.shape[1] % GROUP == 0 and values.is_contiguous()
+    best, ids = find_best(values, grouped(values).amax(-1), depth) if whole else values.topk(depth)
     best_n, ids = best[:, :n], ids[:, :n]
     ids, order = ids.sort(-1)
     ids = ids.gather(-1, best_n.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices)

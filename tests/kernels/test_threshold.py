@@ -55,6 +55,17 @@ def test_threshold_equals_the_sorted_one(columns: int, weighted: bool) -> None:
             assert same_set[np.isfinite(row)].all(), (name, share, t, expected)
 
 
+@pytest.mark.parametrize("columns", [N, FEW])
+def test_a_share_means_that_part_of_the_sum_of_weights(columns: int) -> None:
+    values = torch.from_numpy(np.stack([SHAPES["normal"], SHAPES["coarse"]])[:, :columns].astype(np.float32))
+    weight = (values.exp() * 2**30).round_()
+    share = torch.tensor([0.3, 0.9], dtype=torch.float64)
+    given = values.amax(-1), torch.inf, Scratch()
+    found = heavy_threshold(values, weight, share, *given, share=True)
+    for row, heavy, part, t in zip(values.numpy(), weight.numpy(), share.tolist(), found.tolist(), strict=True):
+        assert t == brute(row, heavy, part * heavy.sum(dtype=float))
+
+
 @pytest.mark.parametrize("reach", [1e-3, 0.5, 40.0])
 def test_a_wrong_guess_of_the_reach_costs_time_only(reach: float) -> None:
     values = torch.from_numpy(np.stack([SHAPES["normal"], SHAPES["coarse"], SHAPES["all equal"]]).astype(np.float32))
