@@ -75,7 +75,8 @@ def footprint(variant: Variant, capability: int) -> Footprint:
     names = variant.kernel.arg_names
     if [*variant.types, *variant.constants] != names:
         raise ValueError(f"the variant of {variant.kernel.__name__} has {[*variant.types, *variant.constants]}, not {names}")
-    aligned = [kind[0] == "*" or name.endswith(ALIGNED) for name, kind in variant.types.items()]
+    changing = {param.name for param in variant.kernel.params if param.do_not_specialize_on_alignment}
+    aligned = [name not in changing and (kind[0] == "*" or name.endswith(ALIGNED)) for name, kind in variant.types.items()]
     source = ASTSource(
         fn=variant.kernel,
         signature={**variant.types, **dict.fromkeys(variant.constants, "constexpr")},

@@ -57,11 +57,14 @@ def threshold(keys: tl.tensor, low: tl.tensor, held: tl.tensor, n: tl.tensor, mo
 def listed(keys: tl.tensor, low: tl.tensor, most: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Places [N] in a list of the keys [N] above `low` and the first of those equal to it, `most` at most; -1 for the others.
 
-    And how many are listed. The list is in the order of the keys' index. N < 2^15.
+    And how many are listed. The list is in the order of the keys' index. N: a multiple of 32, below 2^15.
     """
     above, equal = (keys > low).to(tl.int32), (keys == low).to(tl.int32)
     both = above + (equal << 16)
-    before = tl.cumsum(both, 0) - both
+    # By rows: a running sum over all at once takes what every warp has of it through each thread's registers.
+    lines = tl.reshape(both, [keys.shape[0] // _SLICE, _SLICE])
+    each = tl.sum(lines, 1)
+    before = tl.reshape((tl.cumsum(each, 0) - each)[:, None] + tl.cumsum(lines, 1), [keys.shape[0]]) - both
     total = tl.sum(both, 0)
     room = most - (total & 0xFFFF)
     place = (before & 0xFFFF) + tl.minimum(before >> 16, room)
@@ -105,6 +108,15 @@ def best_places(key: tl.tensor, low: tl.tensor, n: tl.tensor, most: tl.constexpr
 def packed(key: tl.tensor, index: tl.tensor) -> tl.tensor:
     """int64 that is larger the larger the key, and of equal keys the lower the index, 0 <= index < 2^32."""
     return (key.to(tl.int64) << 32) | (index.to(tl.int64) ^ _LOW_32)
+
+
+@jit
+def store_packed(pairs: tl.tensor, place: tl.tensor, key: tl.tensor, index: tl.tensor) -> None:
+    """Writes the packed keys and indices [L] to int64 `pairs`, each at its place, where that is not negative."""
+    # As halves: pairs of int64 registers for a whole tile are many.
+    half = pairs.to(tl.pointer_type(tl.int32)) + 2 * place
+    tl.store(half, ~index, mask=place >= 0)
+    tl.store(half + 1, key, mask=place >= 0)
 
 
 @jit

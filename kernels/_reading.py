@@ -22,7 +22,9 @@ def check_reading(logits: Tensor, entries: Tensor, stats: GroupStats | None, own
     if own is not None and (own.shape != (count,) or own.dtype != torch.bool or not own.is_contiguous()):
         raise ValueError(f"own must be contiguous bool [{count}], not {own.dtype} {list(own.shape)}")
     if stats is not None and (stats.top.shape[1:] != (count, -(-logits.shape[1] // GROUP)) or not stats.top.is_contiguous()):
-        raise ValueError(f"stats of {list(stats.top.shape)} are not contiguous of {count} entries of {logits.shape[1]} tokens")
+        raise ValueError(
+            f"stats of {list(stats.top.shape)} are not contiguous records of {count} entries of {logits.shape[1]} tokens"
+        )
 
 
 def plain_entries(count: int, device: torch.device) -> Tensor:

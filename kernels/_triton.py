@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from torch import Tensor
 
@@ -30,14 +30,24 @@ except ImportError:  # not every platform has it
 __all__ = ["INTERPRETED", "Variant", "constant", "fused", "jit", "launch", "power_of_two", "tl"]
 
 
+@overload
+def jit(fn: Callable[..., Any]) -> Any: ...
+
+
+@overload
+def jit(*, changing: Sequence[str]) -> Callable[[Callable[..., Any]], Any]: ...
+
+
 def jit(fn: Callable[..., Any] | None = None, *, changing: Sequence[str] = ()) -> Any:
     """Makes a kernel, or a function that kernels call.
 
     Triton compiles a kernel again for a number that is 1 or a multiple of 16, and for a pointer to a multiple of 16 bytes. Of
     arguments that are `changing` from call to call it does not: no step waits for a compiler because of their values.
     """
-    if fn is None:
-        return partial(jit, changing=changing)
+    return partial(_compiled, changing=changing) if fn is None else _compiled(fn, changing)
+
+
+def _compiled(fn: Callable[..., Any], changing: Sequence[str]) -> Any:
     if tl is None:
         return fn
     return triton.jit(fn, do_not_specialize=changing, do_not_specialize_on_alignment=changing)

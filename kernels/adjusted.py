@@ -100,10 +100,12 @@ def group_values(
             word = tl.load(bits + slot * tl.cdiv(vocab, _GROUP) + group, mask=valid, other=0)
             own = cells + slot * capacity * CELL
             # Few tokens of a group are marked: theirs are computed side by side and put where they belong.
-            half = tl.where(column < 32, word.to(tl.int32)[:, None], (word >> 32).to(tl.int32)[:, None])
-            marked = (half >> (column & 31)) & 1
-            which = tl.cumsum(marked, 1) * marked - 1
-            most = tl.max(tl.max(which, 1), 0)
+            low, high = word.to(tl.uint32), (word >> 32).to(tl.uint32)
+            half = tl.where(column < 32, low[:, None], high[:, None])
+            bit = tl.full([1, _GROUP], 1, tl.uint32) << (column & 31).to(tl.uint32)
+            before = tl.where(column < 32, 0, _ones(low)[:, None]) + _ones(half & (bit - 1))
+            which = tl.where((half & bit) != 0, before, -1)
+            most = tl.max(_ones(low) + _ones(high), 0) - 1
             x = tl.where((flags & ONLY) != 0, -float("inf"), x)
             first = 0
             while first <= most:
@@ -113,7 +115,7 @@ def group_values(
                 y = adjusted_values(y, find(own, some, there, capacity), there, entry, flags)
                 place = which - first
                 here = (place >= 0) & (place < _LANES)
-                x = tl.where(here, _spread(y, tl.where(here, place, 0)), x)
+                x = tl.where(here, _spread(y, place & (_LANES - 1)), x)
                 first += _LANES
     return x
 
@@ -164,6 +166,16 @@ def _model_values(
     if LOG_PROBS:
         x = ((x - top).to(tl.float64) + log_scale.to(tl.float64)).to(tl.float32)
     return x
+
+
+@jit
+def _ones(word: tl.tensor) -> tl.tensor:
+    """int32: how many bits of uint32 words are set."""
+    # Written as compilers know it: they make one instruction of it.
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
 
 
 @jit

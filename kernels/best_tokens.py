@@ -21,10 +21,10 @@ from ._order import (
     chosen_groups,
     listed_token,
     ordered,
-    packed,
     packed_index,
     packed_key,
     ranks,
+    store_packed,
     unordered,
 )
 from ._reading import check_reading, read_groups, reads_own, table_parts
@@ -122,7 +122,7 @@ def _kernel(
     token = chosen[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
     key = tl.reshape(tl.where(valid[:, None] & (token < vocab), ordered(x), NOTHING), [N * _GROUP])
     place, count = best_places(key, low, n, 2 * N)
-    tl.store(scratch + place, packed(key, tl.arange(0, N * _GROUP)), mask=place >= 0)
+    store_packed(scratch, place, key, tl.arange(0, N * _GROUP))
     tl.debug_barrier()
     lane = tl.arange(0, 2 * N)
     pair = tl.load(scratch + lane, mask=lane < count, other=0)

@@ -16,7 +16,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._order import EMPTY, LOWEST, best_places, chosen_groups, listed_token, packed, packed_index, packed_key, ranks, unordered
+from ._order import (
+    EMPTY,
+    LOWEST,
+    best_places,
+    chosen_groups,
+    listed_token,
+    packed,
+    packed_index,
+    packed_key,
+    ranks,
+    store_packed,
+    unordered,
+)
 from ._reading import check_reading, plain_entries
 from ._scored import Rows, argument_types, empty_results, scored_groups, top_keys
 from ._triton import Variant, constant, jit, launch, power_of_two, tl
@@ -73,11 +85,11 @@ def merge_rows(
     """
     check_reading(logits, entries, stats, None)
     check_groups(offsets, len(entries), n)
-    if bias.shape != (len(entries),) or bias.dtype != torch.float32 or not bias.is_contiguous():
-        raise ValueError(f"bias must be contiguous float32 [{len(entries)}], not {bias.dtype} {list(bias.shape)}")
+    if bias.shape != (len(entries),) or bias.dtype != torch.float32:
+        raise ValueError(f"bias must be float32 [{len(entries)}], not {bias.dtype} {list(bias.shape)}")
     if scale is None:
         scale = own_scale(stats, entries) if processed else model_scale(stats)
-    return _merge(Rows(logits, entries, stats, scale, bias, table, processed), offsets, n)
+    return _merge(Rows(logits, entries, stats, scale, bias.contiguous(), table, processed), offsets, n)
 
 
 def merge_log_probs(logprobs: Tensor, bias: Tensor, offsets: Sequence[int], n: int) -> Merged:
@@ -89,7 +101,7 @@ def merge_log_probs(logprobs: Tensor, bias: Tensor, offsets: Sequence[int], n: i
     zeros = torch.zeros(rows, dtype=torch.float64, device=device)
     dead = ~torch.isfinite(stats.top[0].amax(-1))
     scale = Scale(dead, zeros.float(), zeros, zeros, zeros)  # log-probs as they are
-    return _merge(Rows(logprobs, entries, stats, scale, bias, None, False), offsets, n)
+    return _merge(Rows(logprobs, entries, stats, scale, bias.contiguous(), None, False), offsets, n)
 
 
 def _merge(rows: Rows, offsets: Sequence[int], n: int) -> Merged:
@@ -105,13 +117,14 @@ def _narrow(rows: Rows, offsets: Sequence[int], n: int, widest: int) -> Merged:
     pairs = torch.empty(count, n, dtype=torch.int64, device=device)
     logprobs = torch.empty(count, n, dtype=torch.float32, device=device)
     scratch = torch.empty(max(count, searches), 3 * width, dtype=torch.int64, device=device)
-    kept = torch.empty(count, 2 * width, dtype=torch.float32, device=device)
+    kept = torch.empty(count, width * GROUP, dtype=torch.float32, device=device)
     block = power_of_two(rows.stats.top.shape[2], _FEWEST)
     launch(
         _rows_kernel, (count,), *rows.arguments(), scratch, kept, pairs, logprobs, n,
         **rows.flags(), BLOCK=block, N=width, warps=_warps(width),
     )  # fmt: skip
-    cuts = torch.tensor(offsets, dtype=torch.int32).to(device, non_blocking=True)
+    # Only page-locked memory is copied without waiting.
+    cuts = torch.tensor(offsets, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     out = empty_results((searches, n), device)
     block = power_of_two(widest * n, 2 * _FEWEST)
     launch(
@@ -162,23 +175,24 @@ def _rows_kernel(
     low = tl.full([], LOWEST + 1, tl.int32)  # -inf is impossible
     key = top_keys(tops, index, tl.arange(0, BLOCK), groups, entry, bits, scale, ADJUST, OWNED)
     scratch += index.to(tl.int64) * (3 * N)
-    kept += index.to(tl.int64) * (2 * N)
+    kept += index.to(tl.int64) * (N * _GROUP)
     chosen, found, low = chosen_groups(key, low, scratch + 2 * N, n, N)
     valid = tl.arange(0, N) < found
     logprob, key = scored_groups(row, chosen, valid, vocab, entry, cells, bits, capacity, scale, ADJUST, OWNED)
+    tl.store(kept + tl.arange(0, N)[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :], logprob)
     key = tl.reshape(key, [N * _GROUP])
     place, held = best_places(key, low, n, 2 * N)
-    tl.store(kept + place, tl.reshape(logprob, [N * _GROUP]), mask=place >= 0)
-    tl.store(scratch + place, packed(key, tl.arange(0, N * _GROUP)), mask=place >= 0)
+    store_packed(scratch, place, key, tl.arange(0, N * _GROUP))
     tl.debug_barrier()
     lane = tl.arange(0, 2 * N)
     real = lane < held
     pair = tl.load(scratch + lane, mask=real, other=EMPTY)
     place = tl.where(real, ranks(pair, scratch, held, 2 * N), lane)
-    token = listed_token(packed_index(pair), scratch + 2 * N, real)
+    source = packed_index(pair)
+    token = listed_token(source, scratch + 2 * N, real)
     out = index.to(tl.int64) * n + place
     tl.store(pairs + out, tl.where(real, packed(packed_key(pair), token), EMPTY), mask=place < n)
-    tl.store(logprobs + out, tl.load(kept + lane, mask=real, other=-float("inf")), mask=place < n)
+    tl.store(logprobs + out, tl.load(kept + source, mask=real, other=-float("inf")), mask=place < n)
 
 
 @jit(changing=("n",))
@@ -205,7 +219,7 @@ def _searches_kernel(
     key = packed_key(pair)
     place, count = best_places(key, tl.full([], LOWEST + 1, tl.int32), n, 2 * N)
     scratch += search.to(tl.int64) * (2 * N)
-    tl.store(scratch + place, packed(key, lane), mask=place >= 0)
+    store_packed(scratch, place, key, lane)
     tl.debug_barrier()
     lane = tl.arange(0, 2 * N)
     real = lane < count

@@ -58,9 +58,13 @@ def token_ranks(
     launch(
         _ranks_kernel, (pairs, -(-tiles // each)), logits, entries, stats.top, token, entries if own is None else own, ranks,
         *table_parts(table, entries), logits.stride(0), logits.shape[1], len(entries), token.shape[1], each,
-        HAS_OWN=own is not None, ADJUST=table is not None, TILE=TILE,
+        HAS_OWN=own is not None, ADJUST=table is not None, TILE=TILE, warps=_warps(table is not None),
     )  # fmt: skip
     return ranks
+
+
+def _warps(adjust: bool) -> int:
+    return 8 if adjust else 4
 
 
 def _check_tokens(token: Tensor, entries: Tensor) -> None:
@@ -151,4 +155,5 @@ def variants() -> Iterator[Variant]:
                 types = {**given, "tokens": "*i64", "own": "*i1", "values": "*fp32", **rest, "m": "i32"}
                 yield Variant(_values_kernel, types, {**flags, "BLOCK": block}, 1)
             types = {**given, "tops": "*fp32", "tokens": "*i64", "own": "*i1", "ranks": "*i64", **rest}
-            yield Variant(_ranks_kernel, {**types, "count": "i32", "m": "i32", "each": "i32"}, {**flags, "TILE": TILE})
+            numbers = {"count": "i32", "m": "i32", "each": "i32"}
+            yield Variant(_ranks_kernel, {**types, **numbers}, {**flags, "TILE": TILE}, _warps(adjust))

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from pagefork.kernels import token_table
 from pagefork.kernels._triton import INTERPRETED, tl
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -35,6 +37,21 @@ def test_the_largest_of_every_kind_spills_nothing_and_takes_what_the_table_says(
     assert not [row for row, stack in rows.items() if stack]
     if f"Triton {triton.__version__} " in document:  # another compiler takes other numbers
         assert not [row for row in rows if row not in document], "run `make tables`"
+
+
+def test_one_compilation_serves_every_count_and_every_place_in_an_upload() -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel = token_table._mark_kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+    table, upload = token_table.new_table(2, 16, 100, torch.device("cpu")), torch.zeros(64, dtype=torch.int32)
+    found = set()
+    for begin, count in ((0, 16), (1, 1), (4, 17)):
+        rows = [upload[begin + i * count :] for i in range(5)]
+        found.add(str(bind(*table, *rows, count, 16, 2, HAS_BIAS=True, HAS_BAN=True, BLOCK=32)[1]))
+    assert len(found) == 1
 
 
 @pytest.mark.long

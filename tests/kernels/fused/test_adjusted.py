@@ -164,6 +164,62 @@ def test_tops_of_adjusted_log_probs_stand_where_the_table_touches(device: torch.
     )
 
 
+def test_a_group_that_many_cells_change_is_listed_once(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of a group lie anywhere: several programs raise it, and lower other tokens of it in between."""
+    rng = np.random.default_rng(2)
+    vocab, groups = 1024, 16
+    logits = torch.from_numpy(rng.normal(size=(1, vocab)).astype(np.float32)).to(device)
+    bias = np.full(vocab, -1.0, np.float32)
+    bias[np.arange(groups).repeat(4) * 64 + rng.integers(0, 64, 4 * groups)] = 9.0
+    table = new_table(1, 4 * module.BLOCK, vocab, device)
+    token = torch.from_numpy(np.union1d(np.flatnonzero(bias > 0), np.arange(0, vocab, 5)).astype(np.int32)).to(device)
+    slot = torch.zeros_like(token)
+    mark(table, slot, token, slot, torch.from_numpy(bias).to(device)[token.long()])
+    given = entries([{"prompt_len": 0, "temperature": 0.7}], [0], [1], device)
+    found, through_cells = (group_stats(logits, given, True) for _ in range(2))
+    adjust_stats(found, logits, given, table)
+    monkeypatch.setattr(module, "DIRECT", 0)
+    adjust_stats(through_cells, logits, given, table)
+    assert all(torch.equal(one, other) for one, other in zip(found, through_cells, strict=True))
+
+
+@pytest.mark.parametrize("direct", [0, module.DIRECT])
+@pytest.mark.parametrize("bias", [1.0, -1.0])
+def test_a_bad_row_stays_bad_whatever_is_banned(
+    bias: float, direct: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is bad by a token that is banned, one by a token that is biased, one by a neighbour of either."""
+    monkeypatch.setattr(module, "DIRECT", direct)
+    logits = torch.zeros(6, VOCAB, device=device)
+    bad = torch.tensor([70, 71, 72]).repeat(2)
+    logits[torch.arange(6), bad] = torch.tensor([torch.nan, torch.inf], device=device).repeat_interleave(3)
+    specs: list[dict[str, Any]] = [{"prompt_len": 1, "bad_words": ((70,),), "logit_bias": ((71, bias),)}] * 6
+    given = entries(specs, range(6), [1] * 6, device)
+    found = group_stats(logits, given, True)
+    assert (found.top[0].amax(-1) == torch.inf).all()
+    expected = GroupStats(*(part.clone().cpu() for part in found))
+    table = marked(specs, [[5]] * 6, VOCAB, device)
+    adjust_stats(found, logits, given, table)
+    assert torch.equal(found.top[1].cpu(), torch.tensor([[0.0, torch.inf]]).expand(6, 2))
+    module._reference(expected, logits.cpu(), given.cpu(), TokenTable(*(part.cpu() for part in table)), None)
+    assert torch.equal(found.top.cpu(), expected.top)
+
+
+def test_tokens_are_found_round_the_end_of_the_table(device: torch.device) -> None:
+    """Seven whose search begins at the last but one of 16 cells."""
+    vocab = 500
+    tokens = [token for token in range(vocab) if (token * 2654435769 % 2**32) * 16 >> 32 == 14][:7]
+    table = new_table(1, 16, vocab, device)
+    token = torch.tensor(tokens, dtype=torch.int32, device=device)
+    slot = torch.zeros_like(token)
+    mark(table, slot, token, slot, token.float() + 1)
+    given = entries([{"prompt_len": 0}], [0], [1], device)
+    found = values(torch.zeros(1, vocab, device=device), given, table)
+    expected = torch.zeros(1, vocab)
+    expected[0, tokens] = torch.tensor(tokens) + 1.0
+    assert torch.equal(found.cpu(), expected)
+
+
 def test_wrong_shapes_are_refused(device: torch.device) -> None:
     logits, given, table = crowd(999, device)
     with pytest.raises(ValueError, match="records and table"):

@@ -97,7 +97,7 @@ def test_what_makes_no_sense_is_refused(device: torch.device) -> None:
     for n in (0, 129):
         with pytest.raises(ValueError, match=f"n={n} is refused"):
             best_tokens(logits, given, stats, None, n)
-    with pytest.raises(ValueError, match=r"own must be bool \[2\]"):
+    with pytest.raises(ValueError, match=r"own must be contiguous bool \[2\]"):
         best_tokens(logits, given, stats, None, 3, None, torch.ones(2, device=device))
     with pytest.raises(ValueError, match="come with own"):
         best_tokens(logits, given, stats, None, 3, torch.zeros(2, device=device))
