@@ -1,7 +1,8 @@
 """Draws one token per entry: temperature, top-k, top-p, min-p, then the inverse CDF in token-id order; one program each.
 
 The program reads the records of `group_stats`. They alone decide in which group an unlimited draw falls; limits are
-found from the groups whose tops are large (`_limits.py`). A weight is an integer in units of 2^-40 of the largest, so
+found from the groups whose tops are large (`_limits.py`), and where these don't do by a second kernel (`_flat.py`), which
+leaves the other entries alone. A weight is an integer in units of 2^-40 of the largest, so
 no layout, no batch and no path changes a token.
 """
 
@@ -14,17 +15,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._limits import OFF, draw_of_few, draw_of_many, pick
-from ._order import ordered, unordered
+from ._draw_parts import OFF, draw_from_all, limits_of, store_draw
+from ._flat import flat_kernel
+from ._flat import settings as flat_settings
+from ._limits import FEW, draw_of_few
 from ._reading import table_parts
 from ._triton import Variant, constant, fused, jit, launch, power_of_two, tl
-from .adjusted import group_values
 from .distribution import Scale
 from .entries import (
     ENTRY_WORDS,
     FLAGS,
     GREEDY,
-    MIN_P_DEPTH,
     OWN,
     POSITION,
     PROCESSED,
@@ -32,22 +33,20 @@ from .entries import (
     SEED,
     STREAM,
     TEMPERATURE,
-    TOP_K,
-    TOP_P,
     check_entries,
-    entry_double,
     entry_float,
     entry_int,
     entry_long,
 )
 from .group_stats import GroupStats
-from .philox import aimed, uniform_bits
-from .scales import ScaleBuffers, fall_rate, log_scale_of, store_scale, value_weight, weigh
+from .philox import uniform_bits
+from .scales import ScaleBuffers, fall_rate, log_scale_of, store_scale, weigh
 from .scratch import GROUP
 from .token_table import TokenTable
 
-CANDIDATES = 256  # values among which the limits of most rows are found, each compared with each; 0: always by passes
+CANDIDATES = 256  # values among which the limits of most rows are found, each compared with each
 _GROUP = constant(GROUP)
+_KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _MINUS_INFINITY = constant(-float("inf"))
 
 
@@ -73,37 +72,52 @@ def draw(logits: Tensor, entries: Tensor, stats: GroupStats, table: TokenTable |
         raise ValueError(f"records of {list(stats.top.shape)} do not go with {count} entries of {groups} groups")
     if not fused(logits):
         raise ValueError("draws from records come from a kernel: they need a CUDA device")
-    block = power_of_two(groups, 64)
+    block = power_of_two(groups, 128)
     out = ScaleBuffers.empty(2, count, logits.device)
     token = torch.empty(count, dtype=torch.int64, device=logits.device)
     logprob, bad = out.floats.new_empty(count), out.bad.new_empty(count)
-    words = block + 2 * CANDIDATES if filtered else 0
+    scratch = token.new_empty(count, max(FEW + CANDIDATES, block // 2) if filtered else 0)
+    given = (logits, entries, *stats, *table_parts(table, entries))
+    sizes = (logits.stride(0), logits.shape[1], groups)
+    adjusted = table is not None
     launch(
         _kernel,
         (count,),
-        logits,
-        entries,
-        *stats,
-        *table_parts(table, entries),
-        token.new_empty((count, words), dtype=torch.int32),
+        *given,
+        scratch,
         token,
         logprob,
-        bad,
         *out,
-        logits.stride(0),
-        logits.shape[1],
-        groups,
-        warps=_warps(block, filtered),
+        bad,
+        *sizes,
+        scratch.shape[1],
+        warps=_warps(block, filtered, adjusted),
         FILTERED=filtered,
-        ADJUST=table is not None,
+        ADJUST=adjusted,
         BLOCK=block,
         CANDIDATES=CANDIDATES,
     )
+    if filtered:
+        launch(
+            flat_kernel,
+            (count,),
+            *given,
+            scratch.view(torch.int32),
+            token,
+            logprob,
+            *out,
+            *sizes,
+            2 * scratch.shape[1],
+            ADJUST=adjusted,
+            BLOCK=block,
+            **flat_settings(logits.dtype, adjusted),
+        )
     return Draws(token, logprob, bad, out.scale(0), out.scale(1))
 
 
-def _warps(block: int, filtered: bool) -> int:
-    return 8 if filtered or block >= 2048 else 4
+def _warps(block: int, filtered: bool, adjusted: bool) -> int:
+    # Adjusted values of a whole tile take so many registers that 8 warps would keep a second program away anyway.
+    return 16 if filtered and adjusted else 8 if filtered or block >= 2048 else 4
 
 
 @jit
@@ -118,147 +132,96 @@ def _kernel(
     scratch: tl.tensor,
     tokens: tl.tensor,
     logprobs: tl.tensor,
-    bads: tl.tensor,
     floats: tl.tensor,
     log_scales: tl.tensor,
     scale_bads: tl.tensor,
+    bads: tl.tensor,
     stride: tl.tensor,
     vocab: tl.tensor,
     groups: tl.tensor,
+    words: tl.tensor,
     FILTERED: tl.constexpr,
     ADJUST: tl.constexpr,
     BLOCK: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ) -> None:
-    entry = entries + tl.program_id(0) * ENTRY_WORDS
+    """scratch: int64 [P, words]. Tokens that stay undecided are -1."""
+    ROWS: tl.constexpr = BLOCK // _GROUP
+    which = tl.program_id(0)
+    entry = entries + which * ENTRY_WORDS
     flags = entry_int(entry, FLAGS)
     row = logits + entry_int(entry, ROW).to(tl.int64) * stride
-    group = tl.arange(0, BLOCK)
-    first = tl.program_id(0).to(tl.int64) * groups
-    tops = tl.load(top + first + group, mask=group < groups, other=_MINUS_INFINITY)
-    masses = tl.load(mass + first + group, mask=group < groups, other=0)
+    first = which.to(tl.int64) * groups
     temperature = tl.full([], 1.0, tl.float32)
-    model_bad, model_best, weights = weigh(tops, masses, temperature)
-    model_log_scale = log_scale_of(tl.sum(weights, 0))
+    model_bad, model_best, tops, weights = weigh(top + first, mass + first, groups, temperature, ROWS)
+    total = tl.sum(weights, 0)
+    model_log_scale = log_scale_of(total)
     store_scale(floats, log_scales, scale_bads, 0, model_bad, model_best, temperature, model_log_scale, _MINUS_INFINITY)
     bad, best = model_bad, model_best
     if flags & OWN:
         first += tl.num_programs(0).to(tl.int64) * groups
-        tops = tl.load(top + first + group, mask=group < groups, other=_MINUS_INFINITY)
-        masses = tl.load(mass + first + group, mask=group < groups, other=0)
         temperature = entry_float(entry, TEMPERATURE)
-        bad, best, weights = weigh(tops, masses, temperature)
+        bad, best, tops, weights = weigh(top + first, mass + first, groups, temperature, ROWS)
+        total = tl.sum(weights, 0)
     bad = bad | model_bad
-    total = tl.sum(weights, 0)
     token, value, floor = tl.full([], 0, tl.int32), best, tl.full([], _MINUS_INFINITY, tl.float32)
+    decided = True
     if bad == 0:
         source = (row, vocab, entry, cells, table_bits, capacity)
         rate = fall_rate(temperature)
         bits = uniform_bits(entry_long(entry, SEED), entry_long(entry, STREAM), entry_int(entry, POSITION))
+        greedy = (flags & GREEDY) != 0
         limited = False
-        limits = _limits(entry, best, vocab)
         if FILTERED:
-            top_k, top_p, min_floor = limits
+            top_k, top_p, min_floor = limits_of(entry, best, vocab)
             some = (top_k < OFF) | (top_p < 1.0) | (min_floor > _MINUS_INFINITY)
-            limited = some & (((flags & GREEDY) == 0) | ((flags & PROCESSED) != 0))
-        if ((flags & GREEDY) != 0) | (limited == 0):
-            token, value = _draw_from_all(source, tops, weights, best, rate, total, bits, flags, ADJUST, BLOCK)
-        if FILTERED:  # noqa: SIM102
-            if limited:
-                own = scratch + tl.program_id(0).to(tl.int64) * (BLOCK + 2 * CANDIDATES)
-                decided = False
-                drawn, its_value, kept = token, value, total
-                if CANDIDATES > 0:
-                    decided, drawn, its_value, kept, floor = draw_of_few(
-                        source, tops, groups, best, rate, total, limits, bits, own, ADJUST, BLOCK, CANDIDATES
-                    )
-                if decided == 0:
-                    drawn, its_value, kept, floor = draw_of_many(
-                        source, top + first, groups, best, rate, total, limits, bits, own, ADJUST, BLOCK
-                    )
-                token = tl.where((flags & GREEDY) != 0, token, drawn)
-                value = tl.where((flags & GREEDY) != 0, value, its_value)
-                total = kept
-    log_scale = log_scale_of(total)
-    store_scale(floats, log_scales, scale_bads, 1, bad, best, temperature, log_scale, floor)
-    depth = tl.div_rn(value - best, temperature)
-    if (flags & PROCESSED) == 0:
-        log_scale = model_log_scale
-        depth = tl.load(row + token).to(tl.float32) - model_best
-    logprob = (depth.to(tl.float64) + log_scale).to(tl.float32)
-    tl.store(tokens + tl.program_id(0), token.to(tl.int64))
-    tl.store(logprobs + tl.program_id(0), tl.where(bad, 0.0, logprob))
-    tl.store(bads + tl.program_id(0), bad)
-
-
-@jit
-def _limits(entry: tl.tensor, best: tl.tensor, vocab: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """top_k (OFF where off), top_p (float64, 1 where off), and the smallest fp32 value that passes min-p (-inf where off)."""
-    top_k = entry_int(entry, TOP_K)
-    top_k = tl.where((top_k > 0) & (top_k < vocab), top_k, OFF)
-    exact = best.to(tl.float64) + entry_double(entry, MIN_P_DEPTH)
-    floor = exact.to(tl.float32)
-    next_floor = unordered(ordered(floor) + 1)
-    floor = tl.where(floor.to(tl.float64) < exact, next_floor, floor)
-    return top_k, entry_double(entry, TOP_P), tl.where(exact == exact, floor, _MINUS_INFINITY)
-
-
-@jit
-def _draw_from_all(
-    source: tl.tensor,
-    tops: tl.tensor,
-    weights: tl.tensor,
-    best: tl.tensor,
-    rate: tl.tensor,
-    total: tl.tensor,
-    bits: tl.tensor,
-    flags: tl.tensor,
-    ADJUST: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """A token (int32) and its value, where nothing is filtered out: the best one where GREEDY, the lowest id of ties."""
-    row, vocab, entry, cells, table_bits, capacity = source
-    greedy = (flags & GREEDY) != 0
-    aim = aimed(bits, total)
-    passed = tl.cumsum(weights, 0) <= aim
-    place = tl.arange(0, BLOCK)
-    chosen = tl.where(greedy, tl.min(tl.where(tops == best, place, BLOCK), 0), tl.sum(passed.to(tl.int32), 0))
-    chosen = tl.minimum(chosen, BLOCK - 1)
-    group = chosen + tl.zeros([1], tl.int32)
-    x = group_values(row, group, group >= 0, vocab, entry, cells, table_bits, capacity, 0.0, 0.0, ADJUST, False)
-    group_top = tl.max(tl.max(x, 1), 0)
-    # What is left to aim at within the group, in its own finer weights; the best one is where its weights begin to count.
-    weight = tl.where(greedy, (x == group_top).to(tl.int64), value_weight(x, group_top, rate))
-    left = (aim - tl.sum(tl.where(passed, weights, 0), 0)).to(tl.float64)
-    share = left / tl.sum(tl.where(place == chosen, weights, 0), 0).to(tl.float64)
-    inside = tl.sum(tl.sum(weight, 1), 0)
-    inner = tl.minimum((share * inside.to(tl.float64)).to(tl.int64), inside - 1)
-    token, value = pick(weight, group, x, tl.where(greedy, 0, inner), 1)
-    return token, value
+            limited = some & ((flags & (GREEDY | PROCESSED)) != GREEDY)
+        if limited:
+            if FILTERED:
+                own = scratch + which.to(tl.int64) * words
+                decided, token, value, total, floor = draw_of_few(
+                    source, top + first, groups, best, rate, total, greedy, bits, own, ADJUST, BLOCK, CANDIDATES
+                )
+                token = tl.where(decided, token, 0)
+        else:
+            records = (top + first, mass + first, groups, temperature)
+            token, value = draw_from_all(source, records, best, tops, weights, total, greedy, bits, ADJUST)
+    out = (logprobs, floats, log_scales, scale_bads)
+    model = (row, model_best, model_log_scale)
+    tl.store(bads + which, bad)
+    tl.store(tokens + which, tl.where(decided, token, -1).to(tl.int64))
+    store_draw(out, token, value, model, (flags & PROCESSED) != 0, bad, best, temperature, total, floor)
 
 
 def variants() -> Iterator[Variant]:
     """Every configuration that is launched."""
-    for dtype, block in (("bf16", 512), ("bf16", 2048), ("bf16", 4096), ("fp16", 4096), ("fp32", 4096)):
+    kinds = (torch.bfloat16, torch.float16, torch.float32)
+    for kind, block in (*itertools.product(kinds, (4096,)), (torch.bfloat16, 2048), (torch.bfloat16, 512)):
         types = {
-            "logits": f"*{dtype}",
+            "logits": f"*{_KINDS[kind]}",
             "entries": "*i32",
             "top": "*fp32",
             "mass": "*i32",
             "cells": "*i32",
             "table_bits": "*i64",
             "capacity": "i32",
-            "scratch": "*i32",
+            "scratch": "*i64",
             "tokens": "*i64",
             "logprobs": "*fp32",
-            "bads": "*i1",
             "floats": "*fp32",
             "log_scales": "*fp64",
             "scale_bads": "*i1",
+            "bads": "*i1",
             "stride": "i64",
             "vocab": "i32",
             "groups": "i32",
+            "words": "i32",
         }
         for filtered, adjust in itertools.product((False, True), repeat=2):
             constants = {"FILTERED": filtered, "ADJUST": adjust, "BLOCK": block, "CANDIDATES": CANDIDATES}
-            yield Variant(_kernel, types, constants, _warps(block, filtered))
+            yield Variant(_kernel, types, constants, _warps(block, filtered, adjust))
+        types = {name: "*i32" if name == "scratch" else given for name, given in types.items() if name != "bads"}
+        for adjust in (False, True):
+            chosen = flat_settings(kind, adjust)
+            constants = {"ADJUST": adjust, "SHIFT": chosen["SHIFT"], "BLOCK": block, "TILE": chosen["TILE"]}
+            yield Variant(flat_kernel, types, constants, chosen["warps"])

@@ -18,10 +18,12 @@ from ._triton import Variant, constant, fused, jit, launch, power_of_two, tl
 from .distribution import Scale
 from .entries import ENTRY_WORDS, FLAGS, OWN, TEMPERATURE, entry_float, entry_int
 from .group_stats import UNIT, GroupStats
+from .scratch import GROUP
 
 _UNIT = 2.0**40  # the weight of the largest value
 _MASS_UNIT = constant(_UNIT / UNIT)
 _WEIGHT_UNIT = constant(_UNIT)
+_GROUP = constant(GROUP)
 _LOG2_E = constant(1.4426950408889634)
 
 
@@ -58,13 +60,28 @@ def value_weight(x: tl.tensor, best: tl.tensor, rate: tl.tensor) -> tl.tensor:
 
 
 @jit
-def weigh(tops: tl.tensor, masses: tl.tensor, temperature: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Of an entry's records [N]: whether they are bad, the largest top (0 if bad), and the int64 weights [N] of the groups."""
-    best = tl.max(tops, 0)
+def group_weights(tops: tl.tensor, masses: tl.tensor, best: tl.tensor, temperature: tl.tensor) -> tl.tensor:
+    """int64 weights of groups from their records, where `best`, the largest top, is finite."""
+    share = tl.exp2((tops - best) * fall_rate(temperature)).to(tl.float64) * masses.to(tl.float64)
+    return (share * _MASS_UNIT + 0.5).to(tl.int64)
+
+
+@jit
+def weigh(
+    top: tl.tensor, mass: tl.tensor, groups: tl.tensor, temperature: tl.tensor, ROWS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Of an entry's records at pointers: whether they are bad, the largest top (0 if bad), and of every GROUP groups, for
+    at most ROWS times as many, the largest top [ROWS] and the weight, int64 [ROWS] (0 if bad).
+    """
+    group = tl.arange(0, ROWS)[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
+    tops = tl.load(top + group, mask=group < groups, other=-float("inf"))
+    masses = tl.load(mass + group, mask=group < groups, other=0)
+    row_tops = tl.max(tops, 1)
+    best = tl.max(row_tops, 0)
     bad = tl.abs(best) == float("inf")
     best = tl.where(bad, 0.0, best)
-    share = tl.exp2((tops - best) * fall_rate(temperature)).to(tl.float64) * masses.to(tl.float64)
-    return bad, best, tl.where(bad, 0, (share * _MASS_UNIT + 0.5).to(tl.int64))
+    weights = tl.sum(group_weights(tops, masses, best, temperature), 1)
+    return bad, best, row_tops, tl.where(bad, 0, weights)
 
 
 @jit
@@ -110,7 +127,7 @@ def _scale(stats: GroupStats, entries: Tensor | None) -> Scale:
         raise ValueError("scales come from a kernel: they need a CUDA device")
     out = ScaleBuffers.empty(1, count, stats.top.device)
     own = entries is not None
-    block = power_of_two(groups, 16)
+    block = power_of_two(groups, GROUP)
     launch(
         _kernel,
         (count,),
@@ -145,17 +162,14 @@ def _kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     entry = entries + tl.program_id(0) * ENTRY_WORDS
-    group = tl.arange(0, BLOCK)
-    place = tl.program_id(0).to(tl.int64) * groups + group
+    first = tl.program_id(0).to(tl.int64) * groups
     if HAS_OWN:
         own = (entry_int(entry, FLAGS) & OWN) != 0
-        place += tl.where(own, tl.num_programs(0).to(tl.int64) * groups, 0)
-    tops = tl.load(top + place, mask=group < groups, other=-float("inf"))
-    masses = tl.load(mass + place, mask=group < groups, other=0)
+        first += tl.where(own, tl.num_programs(0).to(tl.int64) * groups, 0)
     temperature = tl.full([], 1.0, tl.float32)
     if OWN_HEAT:
         temperature = entry_float(entry, TEMPERATURE)
-    bad, best, weights = weigh(tops, masses, temperature)
+    bad, best, _, weights = weigh(top + first, mass + first, groups, temperature, BLOCK // _GROUP)
     log_scale = log_scale_of(tl.sum(weights, 0))
     store_scale(floats, log_scales, bads, 0, bad, best, temperature, log_scale, -float("inf"))
 

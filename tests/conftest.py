@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.interpreter import patch_language_once
 from support.kernels import kernel_device, need_a_gpu
 from support.launches import check_launches
 
@@ -28,6 +29,7 @@ def device() -> torch.device:
 def launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is launched here is what is compiled ahead of time."""
     check_launches(monkeypatch)
+    patch_language_once(monkeypatch)
 
 
 @pytest.fixture(scope="session")

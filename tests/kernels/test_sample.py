@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -171,3 +172,16 @@ def test_logits_are_not_modified_and_may_require_grad() -> None:
     spoiled[0] = torch.nan
     sample(spoiled)
     assert spoiled[0].isnan().all()
+
+
+def test_memory_of_a_call_in_inference_mode_serves_a_later_one_outside() -> None:
+    logits = torch.randn(2, 100, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def calls() -> list[torch.Tensor]:
+        with torch.inference_mode():
+            first = sample(logits, temperature=0.7, top_p=0.9)
+        return [first.token, sample(logits, temperature=0.7, top_p=0.9).token]
+
+    with ThreadPoolExecutor(1) as fresh:  # a thread begins with no memory
+        first, second = fresh.submit(calls).result(timeout=60)
+    assert torch.equal(first, second)
