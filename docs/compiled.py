@@ -19,6 +19,8 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import NamedTuple
 
+import triton
+
 import pagefork.kernels
 from pagefork.kernels._triton import Variant
 
@@ -68,7 +70,6 @@ def footprint(variant: Variant, capability: int) -> Footprint:
 
     Triton keeps what it compiles in $TRITON_CACHE_DIR. Raises ValueError where names are not those of the kernel, in order.
     """
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -111,8 +112,6 @@ def compiled_row(module: str, variant: Variant) -> str:
 
 def table() -> Iterator[str]:
     """Lines of the table; compiles on all cores."""
-    import triton
-
     targets = " / ".join(f"sm_{capability}" for capability in CAPABILITIES)
     yield f"Compiled by Triton {triton.__version__} for {targets}, as the numbers stand."
     yield ""

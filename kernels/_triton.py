@@ -1,25 +1,30 @@
-"""Triton where it is installed, what its kernels share, and when they run.
+"""Triton where it is of use, what its kernels share, and when they run.
 
 On a CUDA device the kernels run as compiled; with TRITON_INTERPRET=1 in the environment Triton's interpreter runs them
 on CPU tensors, slowly and exactly as written, which is how they are tested without a GPU. Everything else goes
-through the torch references.
+through the torch references, and processes without a GPU do not load Triton, unless they did so before to compile kernels.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, overload
 
+import torch
 from torch import Tensor
 
 try:
+    if not (torch.cuda.is_available() or "triton" in sys.modules or os.environ.get("TRITON_INTERPRET")):
+        raise ImportError("its kernels could not run")
     import triton
     import triton.language as tl
 
     INTERPRETED: bool = triton.knobs.runtime.interpret
     constant: Callable[[Any], Any] = tl.constexpr
-except ImportError:  # not every platform has it
+except ImportError:  # nor does every platform have it
     tl = None
     INTERPRETED = False
 
@@ -55,7 +60,7 @@ def _compiled(fn: Callable[..., Any], changing: Sequence[str]) -> Any:
 
 def fused(x: Tensor) -> bool:
     """Whether operations on `x` go through Triton kernels."""
-    return x.is_cuda or INTERPRETED
+    return INTERPRETED or (x.is_cuda and tl is not None)
 
 
 def power_of_two(n: int, least: int = 1) -> int:

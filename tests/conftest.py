@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import triton_first  # noqa: F401
 from support.interpreter import patch_language_once
 from support.kernels import kernel_device, need_a_gpu
 from support.launches import check_launches

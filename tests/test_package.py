@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 import pagefork
@@ -143,3 +144,10 @@ def test_the_tables_of_the_documents_say_what_the_code_says() -> None:
         [sys.executable, "-P", str(ROOT / "docs/tables.py"), "--check"], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run here")
+def test_without_a_gpu_an_engine_loads_no_triton(tmp_path: Path) -> None:
+    """It would cost time, and its library reports at exit what threads that still run hold of it."""
+    code = "import sys; from pagefork import LLM; LLM('demo').generate('a', use_tqdm=False); print('triton' in sys.modules)"
+    assert python(code, tmp_path) == "False\n"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from pagefork.kernels import token_table
 from pagefork.kernels._triton import INTERPRETED, tl
@@ -27,8 +28,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("module", compiled.modules())
 def test_the_largest_of_every_kind_spills_nothing_and_takes_what_the_table_says(module: str) -> None:
     """Of every choice of flags the largest sizes."""
-    import triton
-
     document = (DOCS / "kernels.md").read_text()
     rows = {}
     for variant in compiled.largest(module):

@@ -159,14 +159,18 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 def run(examples: int, steps: int, **options: Any) -> None:
+    """In rounds, until everything that can happen did: which examples are drawn changes with the sources that are loaded."""
     SchedulerMachine.seen.clear()
-    run_state_machine_as_test(
-        SchedulerMachine,
-        settings=settings(
-            max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck), **options
-        ),
-    )
-    missing = [situation for situation in SITUATIONS if not SchedulerMachine.seen[situation]]
+    missing = list(SITUATIONS)
+    for again in range(4):
+        if missing:
+            machine = type(f"{SchedulerMachine.__name__}{again}", (SchedulerMachine,), {})  # by its name it has other examples
+            checks = list(HealthCheck)
+            chosen = settings(
+                max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=checks, **options
+            )
+            run_state_machine_as_test(machine, settings=chosen)
+        missing = [situation for situation in SITUATIONS if not SchedulerMachine.seen[situation]]
     assert not missing, f"this did not occur: {', '.join(missing)}"
 
 
