@@ -20,6 +20,7 @@ from .scratch import GROUP
 _GROUP = constant(GROUP)
 FEW = constant(64)  # groups that are read at most
 _STEP = constant(32)  # groups read at once: more would take more registers than two programs find
+_ADJUSTED_STEP = constant(16)  # of 32, Triton 3.6 can't gather adjusted values in 16 warps
 _USUAL = constant(40)  # groups that are read at least, where there are so many
 _SLICE = constant(16)  # values compared with all candidates at a time
 _INFINITY = constant(float("inf"))
@@ -142,9 +143,10 @@ def _list_candidates(
     CANDIDATES: tl.constexpr,
 ) -> tl.tensor:
     """Writes the values of the groups listed that reach `bound`, with their tokens, in order. Returns their number."""
+    STEP: tl.constexpr = _ADJUSTED_STEP if ADJUST else _STEP
     held = tl.full([], 0, tl.int32)
-    for first in range(0, count, _STEP):
-        group, x = listed_values(source, listed, first, count, _STEP, ADJUST)
+    for first in range(0, count, STEP):
+        group, x = listed_values(source, listed, first, count, STEP, ADJUST)
         chosen = (ordered(x) >= bound).to(tl.int32)
         counts = tl.sum(chosen, 1)
         place = held + (tl.cumsum(counts, 0) - counts)[:, None] + tl.cumsum(chosen, 1) - chosen
