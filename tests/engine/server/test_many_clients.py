@@ -31,8 +31,9 @@ import msgspec
 from pagefork import Client, wire
 from pagefork.scheduler.search_params import AnyParams
 endpoint, jobs = sys.argv[1], json.load(sys.stdin)
+decoder = msgspec.json.Decoder(AnyParams)  # made once: threads that make theirs at the same time can crash msgspec
 def run(job):
-    params = msgspec.json.decode(json.dumps(job["params"]), type=AnyParams)
+    params = decoder.decode(json.dumps(job["params"]))
     with Client(endpoint) as client:
         found = []
         for prompt in job["prompts"]:
