@@ -9,11 +9,11 @@ from pagefork.kernels.distribution import Scale
 from pagefork.kernels.group_stats import GroupStats
 from pagefork.kernels.merge_rows import Merged, merge_rows
 from pagefork.kernels.token_rank import token_ranks
+from pagefork.kernels.upload import upload
 from pagefork.scheduler.plan import Bools, Probe
 
 from .fused_pass import Given, Passes
 from .pending import Columns
-from .upload import upload
 
 
 def merge_columns(passes: Passes, given: Given, model: Scale, probe: Probe) -> Columns:

@@ -18,11 +18,11 @@ from pagefork.kernels.entries import Entry
 from pagefork.kernels.group_stats import GroupStats, group_stats
 from pagefork.kernels.scales import model_scale
 from pagefork.kernels.token_table import TokenTable
+from pagefork.kernels.upload import upload
 from pagefork.scheduler.plan import Bools, Ints, Probe
 
 from .probe_entries import flagged, words
 from .slot_state import SlotState
-from .upload import upload
 
 
 class Given(NamedTuple):

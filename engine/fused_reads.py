@@ -19,6 +19,7 @@ from pagefork.kernels.group_stats import GroupStats
 from pagefork.kernels.scales import model_scale, own_scale
 from pagefork.kernels.token_rank import token_ranks, token_values
 from pagefork.kernels.top_logprobs import padded
+from pagefork.kernels.upload import upload, upload_index
 from pagefork.scheduler.plan import Bools, Ints, Kind, Probe
 
 from .fused_merge import merge_columns
@@ -26,7 +27,6 @@ from .fused_pass import Given, Passes
 from .pending import Columns
 from .probe_entries import any_limits, flagged, probe_records
 from .slot_state import SlotState
-from .upload import upload, upload_index
 
 
 class _Read(NamedTuple):

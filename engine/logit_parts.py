@@ -17,10 +17,10 @@ from pagefork.kernels.distribution import Distribution, Scale
 from pagefork.kernels.filters import GREEDY
 from pagefork.kernels.scratch import Scratch, chunks, widened
 from pagefork.kernels.top_logprobs import token_rank
+from pagefork.kernels.upload import upload
 from pagefork.scheduler.plan import Bools, Ints
 
 from .slot_state import SlotState
-from .upload import upload
 
 
 class Part(NamedTuple):

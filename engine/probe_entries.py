@@ -13,6 +13,8 @@ from pagefork.scheduler.plan import Bools, Ints
 
 from .slot_state import SlotState
 
+_PENALTIES = (("repetition", "repetition_penalty"), ("frequency", "frequency_penalty"), ("presence", "presence_penalty"))
+
 
 def probe_records(
     state: SlotState, vocab_size: int, slot: Ints, row: NDArray[Any], position: NDArray[Any], shaped: Bools, adjusting: Bools
@@ -51,9 +53,6 @@ def probe_records(
         )
     )
     return records
-
-
-_PENALTIES = (("repetition", "repetition_penalty"), ("frequency", "frequency_penalty"), ("presence", "presence_penalty"))
 
 
 def words(records: NDArray[Any]) -> NDArray[np.int32]:

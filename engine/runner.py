@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pagefork.kernels.similarity import similarity
+from pagefork.kernels.upload import upload, upload_index
 from pagefork.scheduler.plan import LAST_TOKEN, Ints, Kind, Plan, Probe, Result, Rows
 from pagefork.scheduler.reading import joined
 
@@ -20,7 +21,6 @@ from .cache import KVCache
 from .models.registry import Model
 from .pending import Fetch, Pending
 from .sampler import Sampler
-from .upload import upload, upload_index
 
 _SLICE = 1 << 24  # most logits of prompt tokens held at once
 

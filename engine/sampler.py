@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pagefork.kernels._triton import fused
+from pagefork.kernels.upload import upload_index
 from pagefork.scheduler.plan import Forks, Kind, Opens, Probe, Rows, Spec
 
 from .custom_logits import LogitsProcessors
@@ -20,7 +21,6 @@ from .fused_reads import FusedReads
 from .pending import Pending
 from .slot_state import SlotState
 from .torch_reads import TorchReads
-from .upload import upload_index
 
 
 class Sampler:

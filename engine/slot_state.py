@@ -19,12 +19,12 @@ from pagefork.kernels.logit_bias import apply_logit_bias
 from pagefork.kernels.ngram import ban_repeated_ngrams
 from pagefork.kernels.penalties import apply_penalties
 from pagefork.kernels.scratch import Scratch
+from pagefork.kernels.upload import upload, upload_index
 from pagefork.scheduler.plan import Bools, Forks, Ints, Opens, Rows, Spec
 
 from .custom_logits import LogitsProcessors
 from .ragged import Ragged
 from .token_marks import TokenMarks
-from .upload import upload, upload_index
 
 _COPIED = (  # fields of a Spec that are numbers
     ("prompt_len", np.int64),

@@ -13,9 +13,8 @@ from pagefork.kernels._triton import power_of_two
 from pagefork.kernels.history_bans import ban_repeats, ban_word_ends
 from pagefork.kernels.token_cells import State
 from pagefork.kernels.token_table import LEAST_CELLS, TokenTable, clear, fork, grown, mark, new_table
+from pagefork.kernels.upload import upload, upload_index
 from pagefork.scheduler.plan import Bools, Forks, Ints, Opens, Rows, Spec
-
-from .upload import upload, upload_index
 
 _FIRST_ROWS, _FIRST_CELLS = 16, 1024
 _FIELDS = np.dtype(

@@ -6,8 +6,9 @@ from ._order import ordered, unordered
 from ._triton import constant, jit, tl
 from .adjusted import group_values
 from .entries import MIN_P_DEPTH, TOP_K, TOP_P, entry_double, entry_int
+from .group_stats import fall_rate
 from .philox import aimed
-from .scales import fall_rate, group_weights, log_scale_of, store_scale, value_weight
+from .scales import group_weights, log_scale_of, store_scale, value_weight
 from .scratch import GROUP
 
 OFF = constant((1 << 31) - 1)  # as top_k

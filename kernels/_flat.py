@@ -12,8 +12,9 @@ from ._limits import bound_of, group_keys, list_groups, listed_values
 from ._order import LOWEST, ordered
 from ._triton import constant, jit, tl
 from .entries import ENTRY_WORDS, FLAGS, GREEDY, OWN, POSITION, PROCESSED, ROW, SEED, STREAM, entry_int, entry_long
+from .group_stats import fall_rate
 from .philox import aimed, uniform_bits
-from .scales import fall_rate, value_weight, weigh
+from .scales import value_weight, weigh
 from .scratch import GROUP
 
 _GROUP = constant(GROUP)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import jit, tl
+from ._triton import jit, need_kernels, tl
 from .adjusted import group_values, values_of
 from .entries import FLAGS, OWN, WORDS, check_entries, entry_int
 from .group_stats import GroupStats
@@ -14,8 +14,9 @@ from .token_table import TokenTable
 
 
 def check_reading(logits: Tensor, entries: Tensor, stats: GroupStats | None, own: Tensor | None) -> None:
-    """Raises ValueError unless logits, entries, their records and marks bool [P] go together."""
+    """Raises ValueError unless logits, entries, their records and marks bool [P] go together, on a device that runs kernels."""
     check_entries(entries, logits)
+    need_kernels(logits)
     count = len(entries)
     if logits.stride(1) != 1:
         raise ValueError("logits must lie together row by row")

@@ -32,7 +32,7 @@ except ImportError:  # nor does every platform have it
         return value
 
 
-__all__ = ["INTERPRETED", "Variant", "constant", "fused", "jit", "launch", "power_of_two", "tl"]
+__all__ = ["INTERPRETED", "Variant", "constant", "fused", "jit", "launch", "need_kernels", "power_of_two", "tl"]
 
 
 @overload
@@ -61,6 +61,12 @@ def _compiled(fn: Callable[..., Any], changing: Sequence[str]) -> Any:
 def fused(x: Tensor) -> bool:
     """Whether operations on `x` go through Triton kernels."""
     return INTERPRETED or (x.is_cuda and tl is not None)
+
+
+def need_kernels(x: Tensor) -> None:
+    """Raises ValueError where no kernel runs on `x`, of what has no other way."""
+    if not fused(x):
+        raise ValueError(f"records of groups are read by Triton kernels: they need a CUDA device with Triton, not {x.device}")
 
 
 def power_of_two(n: int, least: int = 1) -> int:

@@ -20,7 +20,7 @@ from ._flat import flat_kernel
 from ._flat import settings as flat_settings
 from ._limits import FEW, draw_of_few
 from ._reading import table_parts
-from ._triton import Variant, constant, fused, jit, launch, power_of_two, tl
+from ._triton import Variant, constant, jit, launch, need_kernels, power_of_two, tl
 from .distribution import Scale
 from .entries import (
     ENTRY_WORDS,
@@ -38,9 +38,9 @@ from .entries import (
     entry_int,
     entry_long,
 )
-from .group_stats import GroupStats
+from .group_stats import GroupStats, fall_rate
 from .philox import uniform_bits
-from .scales import ScaleBuffers, fall_rate, log_scale_of, store_scale, weigh
+from .scales import ScaleBuffers, log_scale_of, store_scale, weigh
 from .scratch import GROUP
 from .token_table import TokenTable
 
@@ -70,8 +70,7 @@ def draw(logits: Tensor, entries: Tensor, stats: GroupStats, table: TokenTable |
     count, groups = len(entries), -(-logits.shape[1] // GROUP)
     if stats.top.shape[1:] != (count, groups):
         raise ValueError(f"records of {list(stats.top.shape)} do not go with {count} entries of {groups} groups")
-    if not fused(logits):
-        raise ValueError("draws from records come from a kernel: they need a CUDA device")
+    need_kernels(logits)
     block = power_of_two(groups, 128)
     out = ScaleBuffers.empty(2, count, logits.device)
     token = torch.empty(count, dtype=torch.int64, device=logits.device)

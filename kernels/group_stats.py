@@ -91,8 +91,14 @@ def reference(logits: Tensor, entries: Tensor, own: bool) -> GroupStats:
 def token_mass(x: tl.tensor, top: tl.tensor, temperature: tl.tensor) -> tl.tensor:
     """int32: what values add to the mass of a group whose largest value is `top`, finite."""
     # Adding 1 leaves the weight, rounded to units, in the mantissa: no conversion, and integers add up in any order.
-    weight = tl.exp2((x - top) * (_LOG2_E / temperature)) + 1.0
+    weight = tl.exp2((x - top) * fall_rate(temperature)) + 1.0
     return weight.to(tl.int32, bitcast=True) - 0x3F800000
+
+
+@jit
+def fall_rate(temperature: tl.tensor) -> tl.tensor:
+    """What the base-2 logarithm of a weight falls by for every unit of value."""
+    return _LOG2_E / temperature
 
 
 @jit

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,7 @@ from .merge_wide import merge_wide
 from .scales import model_scale, own_scale
 from .scratch import GROUP
 from .token_table import TokenTable
+from .upload import upload
 
 MERGED_AT_ONCE = 8192  # pairs that one program merges
 _FEWEST = 32
@@ -124,7 +126,7 @@ def _narrow(rows: Rows, offsets: Sequence[int], n: int, widest: int) -> Merged:
         **rows.flags(), BLOCK=block, N=width, warps=_warps(width),
     )  # fmt: skip
     # Only page-locked memory is copied without waiting.
-    cuts = torch.tensor(offsets, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    cuts = upload(np.array(offsets, np.int32), device)
     out = empty_results((searches, n), device)
     block = power_of_two(widest * n, 2 * _FEWEST)
     launch(

@@ -14,17 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import Variant, constant, fused, jit, launch, power_of_two, tl
+from ._triton import Variant, constant, jit, launch, need_kernels, power_of_two, tl
 from .distribution import Scale
 from .entries import ENTRY_WORDS, FLAGS, OWN, TEMPERATURE, entry_float, entry_int
-from .group_stats import UNIT, GroupStats
+from .group_stats import UNIT, GroupStats, fall_rate
 from .scratch import GROUP
 
 _UNIT = 2.0**40  # the weight of the largest value
 _MASS_UNIT = constant(_UNIT / UNIT)
 _WEIGHT_UNIT = constant(_UNIT)
 _GROUP = constant(GROUP)
-_LOG2_E = constant(1.4426950408889634)
 
 
 class ScaleBuffers(NamedTuple):
@@ -45,12 +44,6 @@ class ScaleBuffers(NamedTuple):
     def scale(self, kind: int) -> Scale:
         top, temperature, floor = self.floats[kind].unbind()
         return Scale(self.bad[kind], top, temperature, self.log_scale[kind], floor)
-
-
-@jit
-def fall_rate(temperature: tl.tensor) -> tl.tensor:
-    """What the base-2 logarithm of a weight falls by for every unit of value."""
-    return _LOG2_E / temperature
 
 
 @jit
@@ -123,8 +116,7 @@ def own_scale(stats: GroupStats, entries: Tensor) -> Scale:
 
 def _scale(stats: GroupStats, entries: Tensor | None) -> Scale:
     kinds, count, groups = stats.top.shape
-    if not fused(stats.top):
-        raise ValueError("scales come from a kernel: they need a CUDA device")
+    need_kernels(stats.top)
     out = ScaleBuffers.empty(1, count, stats.top.device)
     own = entries is not None
     block = power_of_two(groups, GROUP)

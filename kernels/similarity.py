@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._triton import Variant, constant, fused, jit, launch, power_of_two, tl
-from .similarity_tiles import PAIRS, best_cosines, fitting, plan
+from ._triton import Variant, fused, jit, launch, power_of_two, tl
+from .similarity_tiles import LEAST_NORM, PAIRS, best_cosines, fitting, plan
 
 ROWS = 8  # queries of one product, padded with zeros
 _OWN = 2  # blocks at the end of a table that each entry reads on its own
 _STATES = 1 << 19  # elements of states gathered at once
-_LEAST_NORM = constant(1e-12)  # what a smaller norm counts as
 
 
 def write_states(states: Tensor, pages: Tensor, blocks: Tensor, offsets: Tensor) -> None:
@@ -141,7 +140,7 @@ def _write(
     state = tl.load(states + token.to(tl.int64) * width + component, mask=mask, other=0.0).to(tl.float32)
     norm = tl.sqrt_rn(tl.sum(state * state, 0))
     place = tl.load(blocks + token).to(tl.int64) * size + tl.load(offsets + token)
-    unit_state = state / tl.maximum(norm, _LEAST_NORM)
+    unit_state = state / tl.maximum(norm, LEAST_NORM)
     tl.store(pages + place * width + component, unit_state.to(pages.dtype.element_ty), mask=mask)
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._triton import INTERPRETED, Variant, constant, jit, launch, tl
+from .upload import upload
 
 TOKENS = 16
 ROWS = 16
@@ -26,7 +27,7 @@ SLICES = 8
 PAIRS = (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"))  # of states and pages
 _SPARE = 2  # blocks at the end of a table in which neighbours that are read together may differ
 _TILE_WORDS = constant(4)
-_LEAST_NORM = constant(1e-12)  # as torch.nn.functional.normalize has it
+LEAST_NORM = constant(1e-12)  # as torch.nn.functional.normalize has it
 
 
 class Tiles(NamedTuple):
@@ -86,9 +87,7 @@ def _uploaded(best: NDArray[Any], span: NDArray[Any], tiles: NDArray[Any], devic
     packed = np.zeros(sum(sizes), np.int32)
     for part, room in zip(words, np.split(packed, np.cumsum(sizes)[:-1]), strict=True):
         room[: len(part)] = part
-    tensor = torch.from_numpy(packed)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory().to(device, non_blocking=True)
+    tensor = upload(packed, device)
     held = [room[: len(part)] for room, part in zip(tensor.split(sizes), words, strict=True)]
     return Tiles(held[0].view(torch.float32), held[1].view(-1, 2), held[2].view(-1, 4))
 
@@ -147,7 +146,7 @@ def _kernel(
         else:
             total = tl.dot(x.to(tl.float32), tl.trans(wide, 0, 2, 1), total, input_precision="ieee")
     norm = tl.sqrt(tl.sum(square, 0))
-    cosine = tl.sum(total, 0) / tl.maximum(norm, _LEAST_NORM)[None, :]
+    cosine = tl.sum(total, 0) / tl.maximum(norm, LEAST_NORM)[None, :]
     j = (position + token)[:, None]
     counts = held[:, None] & (j >= first[None, :]) & (j < end[None, :])
     cosine = tl.minimum(tl.max(tl.where(counts, cosine, -1.0), 0), 1.0)

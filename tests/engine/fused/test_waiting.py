@@ -8,10 +8,10 @@ import torch
 from support.sampling import opened, opens, random_batch, rows
 from support.waiting import no_waiting
 
+from pagefork.kernels.upload import upload
 from pagefork.pending import Fetch, Pending
 from pagefork.sampler import Sampler
 from pagefork.scheduler.plan import Forks, Kind, Probe, Spec, ints
-from pagefork.upload import upload
 
 VOCAB, COUNT = 200, 6
 EVERY, GROUPS, BIAS = ints(range(COUNT)), ints([0, 2, COUNT]), np.zeros(COUNT, np.float32)
