@@ -84,7 +84,7 @@ def footprint(variant: Variant, capability: int) -> Footprint:
         constexprs={(names.index(name),): value for name, value in variant.constants.items()},
         attrs={(place,): [["tt.divisibility", 16]] for place, holds in enumerate(aligned) if holds},
     )
-    options = {"num_warps": variant.warps, "enable_fp_fusion": False}
+    options = {"num_warps": variant.warps, "maxnreg": variant.registers, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

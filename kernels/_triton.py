@@ -32,7 +32,7 @@ except ImportError:  # nor does every platform have it
         return value
 
 
-__all__ = ["INTERPRETED", "Variant", "constant", "fused", "jit", "launch", "need_kernels", "power_of_two", "tl"]
+__all__ = ["INTERPRETED", "Variant", "constant", "fused", "fused_on", "jit", "launch", "need_kernels", "power_of_two", "tl"]
 
 
 @overload
@@ -58,9 +58,14 @@ def _compiled(fn: Callable[..., Any], changing: Sequence[str]) -> Any:
     return triton.jit(fn, do_not_specialize=changing, do_not_specialize_on_alignment=changing)
 
 
+def fused_on(device: torch.device) -> bool:
+    """Whether operations on a device go through Triton kernels."""
+    return INTERPRETED or (device.type == "cuda" and tl is not None)
+
+
 def fused(x: Tensor) -> bool:
     """Whether operations on `x` go through Triton kernels."""
-    return INTERPRETED or (x.is_cuda and tl is not None)
+    return fused_on(x.device)
 
 
 def need_kernels(x: Tensor) -> None:
@@ -84,9 +89,15 @@ class Variant(NamedTuple):
     types: dict[str, str]
     constants: dict[str, Any]
     warps: int = 4
+    registers: int | None = None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, **constants: Any) -> None:
-    """Runs a kernel. Multiplications and additions are never fused: what a program computes is what it says."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, registers: int | None = None, **constants: Any
+) -> None:
+    """Runs a kernel. Multiplications and additions are never fused: what a program computes is what it says.
+
+    registers: how many a thread may take at most. Without a limit the assembler may prefer to spill some.
+    """
     if 0 not in grid:
-        kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=False)
+        kernel[grid](*args, **constants, num_warps=warps, maxnreg=registers, enable_fp_fusion=False)

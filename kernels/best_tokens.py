@@ -36,6 +36,7 @@ from .token_table import TokenTable
 
 MAX_BEST = 128
 _FEWEST = 32  # groups read: fewer save little, and the window N - n lets the search end early
+_REGISTERS = 128  # what 16 warps can have
 _GROUP = constant(GROUP)
 
 
@@ -74,7 +75,7 @@ def best_tokens(
         _kernel, (count,), logits, entries, stats.top, entries if own is None else own, stats.top if floor is None else floor,
         scratch, ids, values, *table_parts(table, entries), logits.stride(0), logits.shape[1], n,
         HAS_OWN=own is not None, HAS_FLOOR=floor is not None, ADJUST=table is not None, IMPOSSIBLE=impossible,
-        BLOCK=power_of_two(stats.top.shape[2], _FEWEST), N=width, warps=_warps(width),
+        BLOCK=power_of_two(stats.top.shape[2], _FEWEST), N=width, warps=_warps(width), registers=_REGISTERS,
     )  # fmt: skip
     return ids, values
 
@@ -150,4 +151,4 @@ def variants() -> Iterator[Variant]:
         for own, floor, adjust in uses:
             for impossible in (False,) if own else (False, True):
                 flags = {"HAS_OWN": own, "HAS_FLOOR": floor, "ADJUST": adjust, "IMPOSSIBLE": impossible}
-                yield Variant(_kernel, types, {**flags, "BLOCK": block, "N": width}, _warps(width))
+                yield Variant(_kernel, types, {**flags, "BLOCK": block, "N": width}, _warps(width), _REGISTERS)

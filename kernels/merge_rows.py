@@ -45,6 +45,7 @@ from .upload import upload
 
 MERGED_AT_ONCE = 8192  # pairs that one program merges
 _FEWEST = 32
+_REGISTERS = 128  # of a thread that merges rows: what 16 warps can have
 _GROUP = constant(GROUP)
 
 
@@ -123,7 +124,7 @@ def _narrow(rows: Rows, offsets: Sequence[int], n: int, widest: int) -> Merged:
     block = power_of_two(rows.stats.top.shape[2], _FEWEST)
     launch(
         _rows_kernel, (count,), *rows.arguments(), scratch, kept, pairs, logprobs, n,
-        **rows.flags(), BLOCK=block, N=width, warps=_warps(width),
+        **rows.flags(), BLOCK=block, N=width, warps=_warps(width), registers=_REGISTERS,
     )  # fmt: skip
     # Only page-locked memory is copied without waiting.
     cuts = upload(np.array(offsets, np.int32), device)
@@ -243,7 +244,7 @@ def variants() -> Iterator[Variant]:
         for adjust, owned in ((False, False), (True, False), (False, True), (True, True)):
             for block, width in itertools.product((512, 2048, 4096), (32, 64, 128)):
                 constants = {"ADJUST": adjust, "OWNED": owned, "BLOCK": block, "N": width}
-                yield Variant(_rows_kernel, {**argument_types(dtype), **outputs}, constants, _warps(width))
+                yield Variant(_rows_kernel, {**argument_types(dtype), **outputs}, constants, _warps(width), _REGISTERS)
     types = {"pairs": "*i64", "logprobs": "*fp32", "offsets": "*i32", "scratch": "*i64", "parent": "*i64", "token": "*i64"}
     types |= {"score": "*fp32", "logprob": "*fp32", "n": "i32"}
     for block, width in ((64, 32), (512, 32), (1024, 64), (8192, 32), (8192, 128)):

@@ -38,14 +38,17 @@ def check_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on a launch that no variant covers raises AssertionError."""
     listed, launch = known(), _triton.launch
 
-    def checked(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, **constants: Any) -> None:
+    def checked(
+        kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, registers: int | None = None, **constants: Any
+    ) -> None:
         given = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
         same = [variant for variant in listed[id(kernel)] if _same_types(variant, given)]
         exact = [variant for variant in same if all(given[name] == value for name, value in variant.constants.items())]
-        covered = any(variant.warps == warps for variant in exact) if exact else any(_no_larger(v, given) for v in same)
+        limits = warps, registers
+        covered = any(limits == variant[-2:] for variant in exact) if exact else any(_no_larger(v, given) for v in same)
         kinds = {name: _kind(value) if name not in constants else value for name, value in given.items()}
-        assert covered, f"variants() does not list {kernel.__name__} with {kinds} and {warps} warps"
-        launch(kernel, grid, *args, warps=warps, **constants)
+        assert covered, f"variants() does not list {kernel.__name__} with {kinds}, {warps} warps and {registers} registers"
+        launch(kernel, grid, *args, warps=warps, registers=registers, **constants)
 
     for name, module in list(sys.modules.items()):
         if name.startswith("pagefork.") and getattr(module, "launch", None) is launch:
