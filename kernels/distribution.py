@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .groups import Best, find_best, gathered, group_sums, grouped
-from .scratch import GROUP, Scratch
+from .scratch import GROUP, Scratch, wide_chunks
 from .threshold import heavy_threshold
 
 SPARSE = 3  # groups that matter are gathered where the row has at least so many times as many
@@ -43,10 +43,21 @@ class Scale(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """The weights of the tokens that are left."""
+    """The tokens that are left: those of some groups with values >= floor."""
 
     groups: Tensor | None  # int64 [R, n], the groups that are not empty and perhaps others, ascending; None: all groups
     weight: Tensor  # fp32 [R, n * GROUP], of those
+    values: Tensor  # fp32 [R, n * GROUP]
+    floor: Tensor | None  # fp32 [R]; None: all are left
+
+    def sums(self, scratch: Scratch) -> Tensor:
+        """The mass that every group keeps, float64 [R, n]."""
+        return group_sums(self.weight, scratch, self.values, self.floor)
+
+    def inside(self, place: Tensor) -> Tensor:
+        """The weights that are left of the group at `place`, int64 [R, 1]: float64 [R, GROUP]."""
+        weight = gathered(self.weight, place).double()
+        return weight if self.floor is None else weight.masked_fill_(gathered(self.values, place) < self.floor[:, None], 0)
 
 
 class Distribution:
@@ -71,10 +82,14 @@ class Distribution:
     @cached_property
     def weight(self) -> Tensor:
         """Probability before `restrict` in units of 2^-52, fp32 [B, W]."""
-        depth = self.values
-        if self.temperature is not None:  # relative to the largest: division by a small temperature can't overflow
-            depth = torch.sub(depth, self.top[:, None], out=self.scratch.like("mask", depth)).div_(self.temperature[:, None])
-        return torch.softmax(depth, -1, out=self.scratch.like("weight", depth)).mul_(_UNIT).round_()
+        weight = self.scratch.like("weight", self.values)
+        for cut in wide_chunks(self.values):
+            depth = self.values[cut]
+            if self.temperature is not None:  # relative to the largest: division by a small temperature can't overflow
+                depth = torch.sub(depth, self.top[cut, None], out=self.scratch.like("mask", depth))
+                depth.div_(self.temperature[cut, None])
+            torch.softmax(depth, -1, out=weight[cut]).mul_(_UNIT).round_()
+        return weight
 
     @cached_property
     def peak(self) -> Tensor:
@@ -84,12 +99,12 @@ class Distribution:
     @cached_property
     def kept(self) -> _Kept:
         """What can be drawn."""
-        return _Kept(None, self.weight)
+        return _Kept(None, self.weight, self.values, None)
 
     @cached_property
     def group_mass(self) -> Tensor:
         """The mass of every group of `kept`, float64 [B, n]."""
-        return group_sums(self.kept.weight, self.scratch)
+        return self.kept.sums(self.scratch)
 
     @cached_property
     def cumulative(self) -> Tensor:
@@ -141,7 +156,7 @@ class Distribution:
         aim = torch.minimum((uniform[:, None] * mass).floor_(), mass - 1)
         group = torch.searchsorted(self.cumulative, aim, right=True)
         before = torch.where(group > 0, self.cumulative.gather(-1, (group - 1).clamp_(min=0)), 0.0)
-        inside = gathered(self.kept.weight, group).double().cumsum_(-1)
+        inside = self.kept.inside(group).cumsum_(-1)
         lane = torch.searchsorted(inside, aim - before, right=True)
         if self.kept.groups is not None:
             group = self.kept.groups.gather(-1, group)
@@ -207,11 +222,11 @@ class Distribution:
         if not bool(rows.any()):
             return self.mass
         mass = torch.zeros_like(self.peak) if bool(rows.all()) else self.mass.clone()
-        mass[rows] = self._at_least(floor[rows], rows).weight.sum(-1, dtype=torch.float64)
+        mass[rows] = self._at_least(floor[rows], rows).sums(self.scratch).sum(-1)
         return mass
 
     def _at_least(self, floor: Tensor, rows: Tensor | None = None) -> _Kept:
-        """The tokens with values >= floor [R], of the rows marked in bool [B] (None: all, and `weight` may be overwritten).
+        """The tokens with values >= floor [R], of the rows marked in bool [B] (None: all).
 
         Of few groups where their maxima leave few in every row; otherwise of all.
         """
@@ -220,11 +235,9 @@ class Distribution:
         if SPARSE * count <= tops.shape[1]:
             groups = tops.topk(count, sorted=False).indices.sort(-1).values
             index = None if rows is None else rows.nonzero()[:, 0]
-            few, weight = (gathered(whole, groups, index) for whole in (self.values, self.weight))
-            return _Kept(groups, weight.mul_(few >= floor[:, None]))
-        values, weight = self.values, self.weight
-        if rows is not None:
-            values, weight = self.scratch.rows("picked", values, rows), self.scratch.rows("picked weight", weight, rows)
-        # 1.0 or 0.0: on a CPU a comparison that yields bools is several times slower
-        mask = torch.ge(values, floor[:, None], out=self.scratch.like("mask", values))
-        return _Kept(None, torch.mul(mask, weight, out=weight if rows is None else mask))
+            weight, values = (gathered(whole, groups, index) for whole in (self.weight, self.values))
+            return _Kept(groups, weight, values, floor)
+        if rows is None:
+            return _Kept(None, self.weight, self.values, floor)
+        weight, values = self.scratch.rows("picked weight", self.weight, rows), self.scratch.rows("picked", self.values, rows)
+        return _Kept(None, weight, values, floor)

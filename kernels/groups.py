@@ -20,11 +20,18 @@ def grouped(values: Tensor) -> Tensor:
     return values.view(len(values), -1, GROUP)
 
 
-def group_sums(weight: Tensor, scratch: Scratch) -> Tensor:
-    """Sums in float64 [B, W / GROUP] of fp32 [B, W]. Uses the buffer "exact"."""
+def group_sums(weight: Tensor, scratch: Scratch, values: Tensor | None = None, floor: Tensor | None = None) -> Tensor:
+    """Sums in float64 [B, W / GROUP] of fp32 [B, W], or of the entries of it where values [B, W] >= floor [B].
+
+    Uses the buffers "mask" and "exact".
+    """
     sums = torch.empty(len(weight), weight.shape[1] // GROUP, dtype=torch.float64, device=weight.device)
     for cut in wide_chunks(weight):  # a sum of another type widens all its input first
-        exact = scratch.like("exact", weight[cut], torch.float64).copy_(weight[cut])
+        part = weight[cut]
+        if values is not None and floor is not None:
+            # 1.0 or 0.0: on a CPU a comparison that yields bools is several times slower
+            part = torch.ge(values[cut], floor[cut, None], out=scratch.like("mask", part)).mul_(part)
+        exact = scratch.like("exact", part, torch.float64).copy_(part)
         torch.sum(grouped(exact), -1, out=sums[cut])
     return sums
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 GROUP = 64  # columns are padded to whole groups of this many tokens
 CHUNK = 1 << 22  # logits worked on at once on a CPU: bounds memory; with less, calls cost more than the cache gives
-SLICE = 1 << 19  # numbers widened to 8 bytes at once
+SLICE = 3 << 17  # numbers widened to 8 bytes at once: two threads' parts fit their caches
 
 
 class Scratch:

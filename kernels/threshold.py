@@ -35,20 +35,19 @@ def heavy_threshold(
     values: fp32 [R, N] without NaN, N a multiple of GROUP. weight: fp32 [R, N] of integers (None: ones).
     target: float64 [R], in (0, sum of weights], or in (0, 1]. high: fp32 [R], the largest values, finite.
     reach: how far below them t is expected (fp32 [R] or one number); further away it is found more slowly.
-    Returns fp32 [R]. Uses the buffers "mask", "buckets", "place" and "exact".
+    Returns fp32 [R]. Uses the buffers "mask", "bucket", "buckets", "place" and "exact".
     """
     if values.shape[1] <= FEW or rounds == 0:
         return _by_sorting(values, weight, target, share)
     low = values.amin(-1)
     span = (high - low).clamp_(max=reach).clamp_(1e-30, -_LOWEST)
-    bucket = torch.sub(high[:, None], values, out=scratch.like("mask", values))
-    bucket.mul_((BUCKETS / span)[:, None]).clamp_(max=BUCKETS - 1).floor_()
-    mass = _histogram(bucket, weight, scratch).cumsum_(-1)
+    bucket, mass = _histogram(values, weight, high, BUCKETS / span, scratch)
+    mass = mass.cumsum(-1, dtype=torch.float64)
     target = target * mass[:, -1] if share else target
     chosen = torch.searchsorted(mass, target[:, None]).clamp_(max=BUCKETS - 1)
     above = torch.where(chosen > 0, mass.gather(-1, (chosen - 1).clamp_(min=0)), 0.0)
     constant = (high == low)[:, None]  # nothing to search for: match no bucket
-    bucket.eq_(torch.where(constant, -1, chosen).float())
+    bucket.eq_(torch.where(constant, -1, chosen).to(bucket.dtype))
     members, member_weight = _gather_members(values, weight, high, bucket)
     if members.shape[1] == 0:
         return high
@@ -56,15 +55,22 @@ def heavy_threshold(
     return torch.where(constant[:, 0], high, found)
 
 
-def _histogram(bucket: Tensor, weight: Tensor | None, scratch: Scratch) -> Tensor:
-    """The mass in every bucket, float64 [R, BUCKETS]. bucket: fp32 [R, N]. Uses the buffers "buckets", "place" and "exact"."""
-    mass = scratch.take("buckets", (len(bucket), BUCKETS), torch.float64, bucket.device).zero_()
-    for cut in wide_chunks(bucket):
-        place = scratch.like("place", bucket[cut], torch.int64).copy_(bucket[cut])
-        exact = scratch.like("exact", bucket[cut], torch.float64)
-        exact = exact.fill_(1.0) if weight is None else exact.copy_(weight[cut])
-        mass[cut].scatter_add_(-1, place, exact)  # a bincount is as fast, but on one thread
-    return mass
+def _histogram(values: Tensor, weight: Tensor | None, high: Tensor, scale: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """The bucket of every entry, int16 [R, N], and what is in every bucket [R, BUCKETS]: mass, float64, or count, fp32.
+
+    values: fp32 [R, N]; high, scale: fp32 [R]. Uses the buffers "mask", "bucket", "buckets", "place" and "exact".
+    """
+    bucket = scratch.like("bucket", values, torch.int16)
+    exact = torch.float32 if weight is None else torch.float64
+    mass = scratch.take("buckets", (len(values), BUCKETS), exact, values.device).zero_()
+    ones = values.new_ones(1, values.shape[1])
+    for cut in wide_chunks(values):
+        depth = torch.sub(high[cut, None], values[cut], out=scratch.like("mask", values[cut])).mul_(scale[cut, None])
+        bucket[cut] = depth.clamp_(max=BUCKETS - 1)
+        place = scratch.like("place", depth, torch.int64).copy_(bucket[cut])  # by way of 16 bits in half the time
+        source = ones.expand_as(depth) if weight is None else scratch.like("exact", depth, exact).copy_(weight[cut])
+        mass[cut].scatter_add_(-1, place, source)  # a bincount is as fast, but on one thread
+    return bucket, mass
 
 
 def _gather_members(values: Tensor, weight: Tensor | None, default: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:

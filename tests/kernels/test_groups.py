@@ -41,10 +41,13 @@ def test_gathered_columns_know_their_tokens() -> None:
 
 def test_sums_of_groups_are_exact_however_they_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.rand(7, 320, generator=torch.Generator().manual_seed(1)).mul(2.0**52).round()
-    exact = [[sum(int(w) for w in group) for group in row] for row in grouped(weight).tolist()]
+    values, floor = weight.flip(-1).contiguous(), torch.linspace(0.0, 2.0**52, 7)
+    parts = weight, weight * (values >= floor[:, None])
+    exact, filtered = ([[sum(int(w) for w in group) for group in row] for row in grouped(part).tolist()] for part in parts)
     for size in (1, 700, 10**9):
         monkeypatch.setattr("pagefork.kernels.scratch.SLICE", size)
         assert group_sums(weight, Scratch()).tolist() == exact
+        assert group_sums(weight, Scratch(), values, floor).tolist() == filtered
 
 
 def test_draws_are_the_same_of_few_groups_and_of_all(monkeypatch: pytest.MonkeyPatch) -> None:

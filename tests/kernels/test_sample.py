@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support import logits as book
+from support.draws import Params, cases
 
 from pagefork.kernels import sample
 
@@ -16,24 +17,7 @@ VOCABS = [1, 2, 63, 64, 65, 999, 4097]
 LARGE = 9001  # more than is searched by sorting
 
 
-def cases(vocab: int, count: int, seed: int) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
-    """Rows of every shape and parameters of every kind, one set per row."""
-    rng = np.random.default_rng(seed)
-    logits = rng.normal(size=(count, vocab)) * rng.choice([0.3, 1.0, 4.0, 12.0], (count, 1))
-    logits[rng.random((count, vocab)) < rng.choice([0.0, 0.5], (count, 1), p=[0.8, 0.2])] = -np.inf
-    logits[np.arange(count), rng.integers(0, vocab, count)] = 1.5
-    return torch.from_numpy(logits.astype(np.float32)), {
-        "temperature": rng.choice([0.0, 0.3, 0.7, 1.0, 1.5, 100.0], count).astype(np.float32),
-        "top_k": rng.choice([0, -1, 1, 2, 20, 128, 129, 400, vocab, vocab + 1, 2**30], count),
-        "top_p": rng.choice([1.0, 1.0, 0.95, 0.9, 0.5, 0.1, 1e-6], count),
-        "min_p": rng.choice([0.0, 0.0, 0.0, 0.02, 0.3, 1.0], count),
-        "seed": rng.integers(-(2**63), 2**63, count),
-        "stream": rng.integers(0, 2**63, count),
-        "position": rng.integers(0, 2**31, count),
-    }
-
-
-def run(logits: torch.Tensor, params: dict[str, np.ndarray]) -> Any:
+def run(logits: torch.Tensor, params: Params) -> Any:
     return sample(logits, **{name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in params.items()})
 
 
@@ -79,11 +63,12 @@ def test_no_batch_changes_a_row(vocab: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(run(strided[:, 1 : vocab + 1], params), together, strict=True))
 
 
-def test_no_chunk_changes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, params = cases(999, 64, 3)
+@pytest.mark.parametrize("part", ["CHUNK", "SLICE"])
+def test_no_chunk_changes_a_row(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, params = cases(LARGE, 64, 3)
     together = run(logits, params)
-    for size in (1, 999, 999 * 7, 10**9):
-        monkeypatch.setattr("pagefork.kernels.scratch.CHUNK", size)
+    for size in (1, LARGE, LARGE * 7, 10**9):
+        monkeypatch.setattr(f"pagefork.kernels.scratch.{part}", size)
         assert all(torch.equal(a, b) for a, b in zip(run(logits, params), together, strict=True))
 
 

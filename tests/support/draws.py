@@ -23,7 +23,7 @@ def cases(vocab: int, count: int, seed: int) -> tuple[torch.Tensor, Params]:
     logits[np.arange(count), rng.integers(0, vocab, count)] = 1.5
     return torch.from_numpy(logits.astype(np.float32)), {
         "temperature": rng.choice([0.0, 0.3, 0.7, 1.0, 1.5, 100.0], count).astype(np.float32),
-        "top_k": rng.choice([0, 1, 2, 20, 64, 129, 400, vocab, vocab + 1, 2**30], count),
+        "top_k": rng.choice([0, -1, 1, 2, 20, 64, 128, 129, 400, vocab, vocab + 1, 2**30], count),
         "top_p": rng.choice([1.0, 1.0, 0.95, 0.9, 0.5, 0.1, 1e-6], count),
         "min_p": rng.choice([0.0, 0.0, 0.0, 0.02, 0.3, 1.0], count),
         "seed": rng.integers(-(2**63), 2**63, count),
