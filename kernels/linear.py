@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Below this many rows, feed padding rows as well. oneDNN multiplies a single row by a kernel of its own whose sums
+from ._triton import fused
+from .matmul import matmul
+
+# On a CPU, below this many rows, feed padding rows as well. oneDNN multiplies a single row by a kernel of its own whose sums
 # run in another order, so a row alone would differ in its last bits from the same row in a batch; from two rows on
 # results do not depend on the number of rows. Four rows are measured to be as fast as one, in float32 faster.
 MIN_ROWS = 4
@@ -24,19 +27,21 @@ _EXPECTED_ROWS = 64  # what oneDNN blocks the weight for; 64 measured best over 
 class Linear:
     """A linear layer without gradient. weight: [out, in]; bias: [out]; both of one dtype, on one device.
 
-    Calling it maps x [rows, in] to [rows, out]. Raises ValueError for shapes that do not fit.
+    Calling it maps x [rows, in] to [rows, out]. With `invariant` the bits of a row do not depend on the other rows where
+    kernels run; on other devices they don't where weights are packed. Raises ValueError for shapes that do not fit.
     """
 
-    __slots__ = ("_bias", "_packed", "_weight", "in_features", "out_features")
+    __slots__ = ("_bias", "_invariant", "_packed", "_weight", "in_features", "out_features")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, invariant: bool = False) -> None:
         if weight.dim() != 2:
             raise ValueError(f"a linear layer's weight is [out, in]; given {list(weight.shape)}")
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"the bias of a {list(weight.shape)} weight is [{weight.shape[0]}]; given {list(bias.shape)}")
         self.out_features, self.in_features = weight.shape
         self._bias = bias
-        self._packed = _pack(weight)
+        self._invariant = invariant and fused(weight)
+        self._packed = None if self._invariant else _pack(weight)
         self._weight = None if self._packed is not None else weight
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -44,9 +49,16 @@ class Linear:
             raise ValueError(f"this linear layer takes [rows, {self.in_features}]; given {list(x.shape)}")
         if self._packed is None:
             assert self._weight is not None
+            if self._invariant:
+                return matmul(x, self._weight, self._bias)
             return functional.linear(x, self._weight, self._bias)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return y
+
+
+def padded_rows(count: int, device: torch.device) -> int:
+    """How many rows, padding included, to feed where there are `count` >= 0."""
+    return max(count, MIN_ROWS) if device.type == "cpu" else count
 
 
 def linear_backend(dtype: torch.dtype, device: torch.device) -> str:

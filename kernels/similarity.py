@@ -29,8 +29,8 @@ _STATES = 1 << 19  # elements of states gathered at once
 def write_states(states: Tensor, pages: Tensor, blocks: Tensor, offsets: Tensor) -> None:
     """Stores the states of T tokens, divided by their norms, token t at offset offsets[t] of block blocks[t].
 
-    states: floating [T, D]; pages: [blocks, block size, D]; blocks, offsets: int64 [T]. Norms are fp32; a state of
-    zeros stays one. No place may occur twice, but for padding tokens. Raises ValueError for shapes that do not fit.
+    states: floating [T, D]; pages: [blocks, block size, D]; blocks, offsets: int64 or int32 [T]. Norms are fp32; a
+    state of zeros stays one. No place may occur twice, but for padding tokens. Raises ValueError for shapes that do not fit.
     """
     if states.shape != (blocks.numel(), pages.shape[2]) or offsets.shape != blocks.shape:
         raise ValueError(f"{blocks.numel()} places for states of {pages.shape[2]}; given states {list(states.shape)}")
