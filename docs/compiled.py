@@ -102,12 +102,18 @@ def row(module: str, variant: Variant, found: dict[int, Footprint]) -> str:
     kinds = dict.fromkeys(kind[1:] for kind in variant.types.values() if kind in ("*bf16", "*fp16", "*fp32"))
     constants = [f"{key}={int(value) if isinstance(value, bool) else value}" for key, value in variant.constants.items()]
     settings = " ".join([next(iter(kinds), ""), *constants]).strip()
-    cells = [" / ".join(str(number) for number in column) for column in zip(*found.values(), strict=True)]
+    taken = [found.get(capability, ("–",) * 3) for capability in CAPABILITIES]
+    cells = [" / ".join(str(number) for number in column) for column in zip(*taken, strict=True)]
     return f"| `{name}` | {settings} | {variant.warps} | {' | '.join(cells)} |"
 
 
+def footprints(variant: Variant) -> dict[int, Footprint]:
+    """By capability, where it is launched."""
+    return {capability: footprint(variant, capability) for capability in CAPABILITIES if capability >= variant.least}
+
+
 def compiled_row(module: str, variant: Variant) -> str:
-    return row(module, variant, {capability: footprint(variant, capability) for capability in CAPABILITIES})
+    return row(module, variant, footprints(variant))
 
 
 def table() -> Iterator[str]:

@@ -82,7 +82,8 @@ def power_of_two(n: int, least: int = 1) -> int:
 class Variant(NamedTuple):
     """A configuration of a kernel that is launched in practice: what compiling it ahead of time needs.
 
-    types: Triton's types of the arguments that are not constants ("*bf16", "i32", "fp32"), by name and in order.
+    types: Triton's types of the arguments that are not constants ("*bf16", "i32", "fp32"), by name and in order. least: the
+    first compute capability on which it is launched (90: sm_90).
     """
 
     kernel: Any
@@ -90,6 +91,7 @@ class Variant(NamedTuple):
     constants: dict[str, Any]
     warps: int = 4
     registers: int | None = None
+    least: int = 80
 
 
 def launch(

@@ -30,6 +30,7 @@ from .attention_items import Items, Score, attend_items, index_items, whole_bloc
 from .attention_sdpa import attend_sdpa, index_band
 from .attention_tiles import TILE_SIZES, Chunk, attend_chunk, index_chunk, split_size
 from .scratch import Scratch
+from .task_attention import TaskIndex, attend_tasks
 
 # Up to this many (token, key) pairs a row is cut into items: cheaper than the calls that torch's attention or a tile costs.
 _SMALL = {False: 1024, True: 4096}  # by batch_invariant
@@ -114,13 +115,13 @@ def paged_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    index: AttentionIndex,
+    index: AttentionIndex | TaskIndex,
     scale: float,
     *,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of T tokens over one layer of the cache.
+    """Attention of T tokens over one layer of the cache; by Triton kernels if the index has tasks.
 
     q: [N, H, n] with N >= T: rows behind the tokens of the index are padding, their result is zero. k_cache, v_cache:
     as in `kv_cache.py`, of the dtype of q; values may have another size, m, than keys. softcap c makes a score s
@@ -139,6 +140,8 @@ def paged_attention(
         raise ValueError(f"a soft cap is greater than 0; given {softcap}")
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks are one per query head, [{heads}]; given {list(sinks.shape)}")
+    if isinstance(index, TaskIndex):
+        return attend_tasks(q, k_cache, v_cache, index, scale, softcap=softcap, sinks=sinks)
     score = Score(scale, softcap, None if sinks is None else sinks.float())
     items = index.items
     if items is not None and items.flat.numel() == n:

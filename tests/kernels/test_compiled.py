@@ -31,7 +31,7 @@ def test_the_largest_of_every_kind_spills_nothing_and_takes_what_the_table_says(
     document = (DOCS / "kernels.md").read_text()
     rows = {}
     for variant in compiled.largest(module):
-        found = {capability: compiled.footprint(variant, capability) for capability in compiled.CAPABILITIES}
+        found = compiled.footprints(variant)
         rows[compiled.row(module, variant, found)] = max(footprint.stack for footprint in found.values())
     assert not [row for row, stack in rows.items() if stack]
     if f"Triton {triton.__version__} " in document:  # another compiler takes other numbers
@@ -57,5 +57,6 @@ def test_one_compilation_serves_every_count_and_every_place_in_an_upload() -> No
 @pytest.mark.parametrize("capability", compiled.CAPABILITIES)
 @pytest.mark.parametrize("module", compiled.modules())
 def test_nothing_spills(module: str, capability: int) -> None:
-    found = [(variant, compiled.footprint(variant, capability)) for variant in compiled.variants(module)]
+    launched = [variant for variant in compiled.variants(module) if capability >= variant.least]
+    found = [(variant, compiled.footprint(variant, capability)) for variant in launched]
     assert not [compiled.row(module, variant, {capability: taken}) for variant, taken in found if taken.stack]

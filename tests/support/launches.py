@@ -44,8 +44,10 @@ def check_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         given = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
         same = [variant for variant in listed[id(kernel)] if _same_types(variant, given)]
         exact = [variant for variant in same if all(given[name] == value for name, value in variant.constants.items())]
-        limits = warps, registers
-        covered = any(limits == variant[-2:] for variant in exact) if exact else any(_no_larger(v, given) for v in same)
+        if exact:
+            covered = any((warps, registers) == (variant.warps, variant.registers) for variant in exact)
+        else:
+            covered = any(_no_larger(variant, given) for variant in same)
         kinds = {name: _kind(value) if name not in constants else value for name, value in given.items()}
         assert covered, f"variants() does not list {kernel.__name__} with {kinds}, {warps} warps and {registers} registers"
         launch(kernel, grid, *args, warps=warps, registers=registers, **constants)
