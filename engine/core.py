@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from pagefork.scheduler.edits import Update
 from pagefork.scheduler.errors import ConfigError, EngineMisuseError, ValueFunctionError
@@ -22,12 +19,16 @@ from .asking import Answer, Asking
 from .build import Built, build
 from .config import EngineConfig
 from .generation_config import default_params
+from .interrupts import interrupt_deferred
 from .output_processor import OutputProcessor, Pieces
 from .outputs import EngineStats, RequestOutput
+from .overlap import runner_for
 from .prompts import Prompt
 from .value_functions import VALUE_FUNCTIONS, MakesValueFunction
 
 logger = logging.getLogger("pagefork")
+
+T = TypeVar("T")
 
 _PATIENCE = 0.01  # seconds that a step with nothing to compute waits for an answer; its caller has other things to do
 
@@ -46,7 +47,7 @@ class LLMEngine:
         self._built: Built = build(config)
         self.tokenizer = self._built.tokenizer
         self.max_model_len = self._built.max_model_len
-        self._runner = self._built.runner
+        self._runner = runner_for(self._built.runner, self._built.overlap, self._built.cache.device)
         self._scheduler = Scheduler(
             num_blocks=self._built.cache.num_blocks,
             block_size=config.block_size,
@@ -54,6 +55,7 @@ class LLMEngine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             enable_prefix_caching=config.enable_prefix_caching,
             policy=config.scheduling_policy,
+            lag=int(self._built.overlap),
         )
         self._admission = Admission(
             self._built.model.config,
@@ -122,20 +124,21 @@ class LLMEngine:
         return request_id in self._processors or any(output.request_id == request_id for output in self._undelivered)
 
     def has_unfinished_requests(self) -> bool:
-        """Whether step() still has something to compute or to deliver."""
-        return self._scheduler.has_unfinished or bool(self._undelivered)
+        """Whether step() still has something to compute, to wait for or to deliver."""
+        return self._scheduler.has_unfinished or self._scheduler.in_flight > 0 or bool(self._undelivered)
 
     def step(self) -> list[RequestOutput]:
         """One step for all requests: the outputs that changed, each cumulative.
 
-        A step that raises ends the requests that it computed with a StepFailedError in their outputs; the
-        engine goes on. Ctrl-C waits until the step is applied, so the engine stays usable. Where nothing can be computed
-        before a user's function answers, the step waits some milliseconds for that.
+        With `overlap` they are those of the step before the one that begins here, where nothing waits for that one's. A
+        step that raises ends the requests that it, or one begun meanwhile, computed with a StepFailedError in their
+        outputs; the engine goes on. Ctrl-C waits until the step is through, so the engine stays usable. Where nothing can
+        be computed before a user's function answers, the step waits some milliseconds for that.
         """
         self._enter()
         self._stepping = True
         try:
-            with _interrupt_deferred():
+            with interrupt_deferred():
                 self._advance()
         finally:
             self._stepping = False
@@ -144,23 +147,30 @@ class LLMEngine:
 
     def _advance(self) -> None:
         self._deliver(*filter(None, map(self._answered, self._asking.collect())))
-        plan = self._scheduler.schedule()
-        self._deliver(*self._scheduler.take_ended())
-        if plan is None:
+        scheduler = self._scheduler
+        plan = scheduler.schedule()
+        self._deliver(*scheduler.take_ended())
+        if plan is None and not scheduler.in_flight:
             if not self._undelivered:
                 self._asking.wait(_PATIENCE)
             return
+        if plan is not None:
+            self._attempt(lambda: self._runner.submit(plan))
+        while scheduler.in_flight > (0 if plan is None else scheduler.ahead):
+            if (result := self._attempt(self._runner.collect)) is not None:
+                self._deliver(*scheduler.apply(result))
+
+    def _attempt(self, call: Callable[[], T]) -> T | None:
+        """What a call of the runner returns. Where it raises, all plans that are out are given up, and there is None."""
         try:
-            self._runner.submit(plan)
-            result = self._runner.collect()
+            return call()
         except BaseException as error:
-            logger.exception("step %d failed", plan.step)
+            logger.exception("a step failed")
             self._runner.reset()
             self._deliver(*self._scheduler.abandon(error))
-            if isinstance(error, Exception):
-                return
-            raise  # an exit or interrupt goes on; the engine stays usable
-        self._deliver(*self._scheduler.apply(result))
+            if not isinstance(error, Exception):
+                raise  # an exit or interrupt goes on; the engine stays usable
+            return None
 
     def _answered(self, answer: Answer) -> Update | None:
         request_id, found = answer
@@ -225,20 +235,3 @@ class LLMEngine:
     def info(self) -> dict[str, Any]:
         """What was loaded and how it runs: model, memory (bytes), cache, device, CPU path."""
         return self._built.info(self.config)
-
-
-@contextmanager
-def _interrupt_deferred() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is through; in the main thread, where Python runs its handlers."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    caught: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda signum, frame: caught.append((signum, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if caught:  # also when the block raised
-            handler(*caught[0])

@@ -30,6 +30,7 @@ class Flight(NamedTuple):
     scores: list[Part]  # entries of the last probe
     groups: list[Group]
     bounds: list[Ints | None]  # Probe.groups of each probe
+    pipelined: bool  # every row's sequence can go on before the plan is applied
 
 
 class Reading:

@@ -133,6 +133,11 @@ class Scheduler:
         """Plans whose results have not been applied."""
         return len(self._flights)
 
+    @property
+    def ahead(self) -> int:
+        """How many plans had better stay out while the next is made: none where a sequence of the newest waits for its reads."""
+        return self.lag if not self._flights or self._flights[-1].pipelined else 0
+
     def schedule(self) -> Plan | None:
         """The next step, or None when nothing can be computed now. Ended requests come with the next apply()."""
         if len(self._flights) > self.lag:
@@ -167,8 +172,9 @@ class Scheduler:
         births, eras, ends = table.birth[computed], table.era[computed], table.scheduled[computed]
         read_births = table.birth[seqs]
         bounds = [probe.groups for probe in plan.probes]
+        pipelined = bool(table.pipelined[chosen.seqs].all())
         self._flights.append(
-            Flight(plan.step, computed, ends, births, eras, seqs, read_births, asked.segments, scores, groups, bounds)
+            Flight(plan.step, computed, ends, births, eras, seqs, read_births, asked.segments, scores, groups, bounds, pipelined)
         )
         counters.steps += 1
         counters.forward_tokens += len(plan.rows.tokens)

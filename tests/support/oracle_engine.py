@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from pagefork import EngineConfig, LLMEngine, RequestOutput
 from pagefork.admission import Admission
 from pagefork.asking import Asking
 from pagefork.output_processor import Pieces
+from pagefork.overlap import StepRunner
 from pagefork.scheduler.params import CommonParams
 from pagefork.scheduler.plan import Plan
 from pagefork.scheduler.scheduler import Scheduler
@@ -24,6 +26,9 @@ END = VOCAB - 1  # the model's end token
 
 
 class _NoProcessors:
+    def register(self, number: int, prompt_len: int, processors: Any) -> None:
+        raise AssertionError("the oracle calls no logits processors")
+
     def forget(self, number: int) -> None:
         assert not number
 
@@ -45,15 +50,20 @@ class _Runner(OracleRunner):
 
 
 class OracleEngine(LLMEngine):
-    """LLMEngine's own steps, admission and outputs; a block pool small enough for preemptions."""
+    """LLMEngine's own steps, admission and outputs; a block pool small enough for preemptions.
 
-    def __init__(self, num_blocks: int = 60, slots: int = 12, budget: int = 32) -> None:
+    around: what makes of the oracle a runner whose submit() returns before the step is computed, where steps overlap.
+    """
+
+    def __init__(
+        self, num_blocks: int = 60, slots: int = 12, budget: int = 32, around: Callable[[Any], StepRunner] | None = None
+    ) -> None:
         self.config = EngineConfig(model="demo")
         self.max_model_len = MAX_LEN
         self.tokenizer = letters()
         self.runner = _Runner(num_blocks, 4, slots, max_len=MAX_LEN + 1, budget=budget)
-        self._runner = self.runner  # type: ignore[assignment]
-        self._scheduler = Scheduler(num_blocks, 4, slots, budget)
+        self._runner = around(self.runner) if around else self.runner
+        self._scheduler = Scheduler(num_blocks, 4, slots, budget, lag=int(around is not None))
         config: Any = SimpleNamespace(vocab_size=VOCAB, eos_token_ids=(END,))
         self._admission = Admission(config, None, self.tokenizer, MAX_LEN, 0, has_hidden_states=True, value_functions={})
         self.prompts = self._admission.prompts
