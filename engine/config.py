@@ -69,6 +69,14 @@ class EngineConfig(Checked, frozen=True, kw_only=True):
         bool | None,
         Meta(description="Bit-identical logits of a sequence in any batch, chunked, resumed or on a prefix hit; None: no"),
     ] = None
+    cuda_graphs: Annotated[
+        bool | None,
+        Meta(description="Replay decoding steps from captured CUDA graphs; None: for native models on a GPU"),
+    ] = None
+    overlap: Annotated[
+        bool | None,
+        Meta(description="Plan a step while the one before it is computed, where its tokens are not needed; None: on a GPU"),
+    ] = None
     num_threads: (
         Annotated[
             int,

@@ -18,7 +18,7 @@ from pagefork.kernels.entries import Entry
 from pagefork.kernels.group_stats import GroupStats, group_stats
 from pagefork.kernels.scales import model_scale
 from pagefork.kernels.token_table import TokenTable
-from pagefork.kernels.upload import upload
+from pagefork.kernels.upload import upload, upload_index
 from pagefork.scheduler.plan import Bools, Ints, Probe
 
 from .probe_entries import flagged, words
@@ -32,6 +32,24 @@ class Given(NamedTuple):
     entries: Tensor  # int32 [P, WORDS]
     stats: GroupStats
     table: TokenTable | None  # where any entry is ADJUSTED
+
+
+class Read(NamedTuple):
+    """A probe whose distributions are known."""
+
+    given: Given  # of the P entries, and perhaps padding behind them
+    adjusted: Bools  # [P]
+    model: Scale
+    processed: Scale  # means nothing where processing does not matter to the entry
+
+    def pick(self, entry: NDArray[Any]) -> Read:
+        """Of some entries, no padding among them."""
+        logits, entries, stats, table = self.given
+        if len(entry) == len(entries) and (entry == np.arange(len(entry))).all():
+            return self
+        at = upload_index(entry, logits.device)
+        given = Given(logits, entries[at], GroupStats(stats.top[:, at], stats.mass[:, at]), table)
+        return Read(given, self.adjusted[entry], self.model.pick(at), self.processed.pick(at))
 
 
 class Passes:

@@ -11,31 +11,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pagefork.kernels.best_tokens import MAX_BEST, best_tokens
-from pagefork.kernels.distribution import Scale
-from pagefork.kernels.draw import draw
+from pagefork.kernels.draw import Draws, draw
 from pagefork.kernels.entries import Entry
 from pagefork.kernels.filters import GREEDY
-from pagefork.kernels.group_stats import GroupStats
 from pagefork.kernels.scales import model_scale, own_scale
 from pagefork.kernels.token_rank import token_ranks, token_values
 from pagefork.kernels.top_logprobs import padded
 from pagefork.kernels.upload import upload, upload_index
 from pagefork.scheduler.plan import Bools, Ints, Kind, Probe
 
+from .fused_draw import DrawEntries, Drawn
 from .fused_merge import merge_columns
-from .fused_pass import Given, Passes
+from .fused_pass import Passes, Read
 from .pending import Columns
 from .probe_entries import any_limits, flagged, probe_records
 from .slot_state import SlotState
-
-
-class _Read(NamedTuple):
-    """A probe whose distributions are known."""
-
-    given: Given
-    adjusted: Bools  # [P]
-    model: Scale
-    processed: Scale  # means nothing where the entry was not `shaped`
 
 
 class _Seen(NamedTuple):
@@ -44,7 +34,7 @@ class _Seen(NamedTuple):
     entry: Ints  # [max_slots], index of a slot's entry, -1 for none
     position: NDArray[Any]  # [P]
     shaped: Bools  # [P], where `processed` means anything
-    read: _Read
+    read: Read
 
 
 class FusedReads:
@@ -63,10 +53,10 @@ class FusedReads:
 
     def takes(self, probe: Probe) -> bool:
         """Whether there are kernels for all that `probe` asks."""
-        fields = self._state.fields[probe.slot]
+        fields, slot = self._state.fields, probe.slot
         best = min(probe.n, self._vocab_size) <= MAX_BEST or probe.kind is Kind.MERGE
-        inside_prompts = probe.kind is Kind.TARGET and (fields["processed"] & fields["history"]).any()
-        return bool(best and not inside_prompts and not fields["processors"].any())
+        inside_prompts = probe.kind is Kind.TARGET and (fields["processed"][slot] & fields["history"][slot]).any()
+        return bool(best and not inside_prompts and not fields["processors"][slot].any())
 
     def read(self, logits: Tensor, probe: Probe, row: NDArray[Any], position: NDArray[Any]) -> Columns:
         """As in Sampler.read."""
@@ -77,23 +67,51 @@ class FusedReads:
         self._seen = None
         self._passes.forget()
 
+    def draw_entries(self, probe: Probe, row: NDArray[Any], position: NDArray[Any]) -> DrawEntries | None:
+        """As in Sampler.draw_entries."""
+        if not self.takes(probe):
+            return None
+        records = self._draw_records(probe, row, position)
+        return None if flagged(records, Entry.ADJUSTED).any() else DrawEntries(records, probe.slot)
+
+    def read_drawn(self, probe: Probe, position: NDArray[Any], drawn: Drawn) -> Columns:
+        """As `read` of a SAMPLE whose `draw_entries` were drawn for."""
+        given, draws = drawn
+        return self._drawn(probe, position, Read(given, np.zeros(len(probe.slot), np.bool_), draws.model, draws.processed), draws)
+
     def _sample(self, logits: Tensor, probe: Probe, row: NDArray[Any], position: NDArray[Any]) -> Columns:
-        fields = self._state.fields[probe.slot]
-        shaped = (fields["temperature"] >= GREEDY) | fields["processed"]
-        records = self._records(probe, row, position, shaped, np.ones_like(shaped))
+        records = self._draw_records(probe, row, position)
         given = self._passes.over(logits, probe, records)
-        drawn = draw(*given, filtered=any_limits(records))
-        read = _Read(given, flagged(records, Entry.ADJUSTED), drawn.model, drawn.processed)
+        draws = draw(*given, filtered=any_limits(records))
+        read = Read(given, flagged(records, Entry.ADJUSTED), draws.model, draws.processed)
+        return self._drawn(probe, position, read, draws)
+
+    def _draw_records(self, probe: Probe, row: NDArray[Any], position: NDArray[Any]) -> NDArray[Any]:
+        shaped = self._shaped(probe)
+        return self._records(probe, row, position, shaped, np.ones_like(shaped))
+
+    def _shaped(self, probe: Probe) -> Bools:
+        """Entries [P] of a SAMPLE whose processed distribution matters."""
+        fields, slot = self._state.fields, probe.slot
+        shaped: Bools = (fields["temperature"][slot] >= GREEDY) | fields["processed"][slot]
+        return shaped
+
+    def _drawn(self, probe: Probe, position: NDArray[Any], read: Read, draws: Draws) -> Columns:
+        """The columns of a SAMPLE; its entries are the first of `draws`."""
+        count = len(probe.slot)
         entry = np.full(len(self._state.fields), -1, np.int32)
-        entry[probe.slot] = np.arange(len(probe.slot))
-        self._seen = _Seen(entry, position, shaped, read)
-        rank = self._ranks(probe, read, drawn.token[:, None])
+        entry[probe.slot] = np.arange(count)
+        self._seen = _Seen(entry, position, self._shaped(probe), read)
+        token, bad = draws.token[:count], draws.bad[:count]
+        rank = None
+        if self._state.fields["rank"][probe.slot].any():
+            rank = self._ranks(probe, read.pick(np.arange(count)), token[:, None])
         return {
-            "bad": drawn.bad,
-            "token": drawn.token.int(),
-            "logp": drawn.logprob,
-            "rank": torch.zeros_like(drawn.token, dtype=torch.int32) if rank is None else rank[:, 0],
-            "emptied": drawn.bad & ~drawn.model.bad,
+            "bad": bad,
+            "token": token.int(),
+            "logp": draws.logprob[:count],
+            "rank": torch.zeros_like(token, dtype=torch.int32) if rank is None else rank[:, 0],
+            "emptied": bad & ~draws.model.bad[:count],
         }
 
     def _top(self, logits: Tensor, probe: Probe, row: NDArray[Any], position: NDArray[Any]) -> Columns:
@@ -111,7 +129,7 @@ class FusedReads:
         columns["top_logp"] = padded(logp, probe.n, -torch.inf)
         return columns
 
-    def _likely(self, probe: Probe, read: _Read, n: int, reports: Bools) -> tuple[Columns, Tensor, Tensor]:
+    def _likely(self, probe: Probe, read: Read, n: int, reports: Bools) -> tuple[Columns, Tensor, Tensor]:
         """By the processed probability: columns of their own, ids [P, n] and log-probs [P, n]."""
         model, processed = read.model, read.processed
         every = upload(np.ones_like(reports), self._device)
@@ -164,7 +182,7 @@ class FusedReads:
     def _records(self, probe: Probe, row: NDArray[Any], position: NDArray[Any], shaped: Bools, adjusting: Bools) -> NDArray[Any]:
         return probe_records(self._state, self._vocab_size, probe.slot, row, position, shaped, adjusting)
 
-    def _distributions(self, logits: Tensor, probe: Probe, row: NDArray[Any], position: NDArray[Any], shaped: Bools) -> _Read:
+    def _distributions(self, logits: Tensor, probe: Probe, row: NDArray[Any], position: NDArray[Any], shaped: Bools) -> Read:
         """Of the model, and processed where `shaped`."""
         known = self._recall(logits, probe.slot, position, shaped)
         if known is not None:
@@ -174,11 +192,11 @@ class FusedReads:
         given, adjusted = self._passes.over(logits, probe, records), flagged(records, Entry.ADJUSTED)
         if any_limits(records):
             drawn = draw(*given, filtered=True)
-            return _Read(given, adjusted, drawn.model, drawn.processed)
+            return Read(given, adjusted, drawn.model, drawn.processed)
         model = model_scale(given.stats)
-        return _Read(given, adjusted, model, own_scale(given.stats, given.entries) if len(given.stats.top) > 1 else model)
+        return Read(given, adjusted, model, own_scale(given.stats, given.entries) if len(given.stats.top) > 1 else model)
 
-    def _recall(self, logits: Tensor, slot: Ints, position: NDArray[Any], shaped: Bools) -> _Read | None:
+    def _recall(self, logits: Tensor, slot: Ints, position: NDArray[Any], shaped: Bools) -> Read | None:
         """What SAMPLE of this step found of these entries, if it read them all, and processed where `shaped`."""
         if self._seen is None or self._seen.read.given.logits is not logits:
             return None
@@ -186,13 +204,9 @@ class FusedReads:
         missing = (entry < 0) | (self._seen.position[entry] != position) | (shaped & ~self._seen.shaped[entry])
         if missing.any():
             return None
-        if len(entry) == len(self._seen.shaped) and (entry == np.arange(len(entry))).all():
-            return read
-        at, (logits, entries, stats, table) = upload_index(entry, self._device), read.given
-        given = Given(logits, entries[at], GroupStats(stats.top[:, at], stats.mass[:, at]), table)
-        return _Read(given, read.adjusted[entry], read.model.pick(at), read.processed.pick(at))
+        return read.pick(entry)
 
-    def _best(self, read: _Read, own: Bools, n: int) -> tuple[Tensor, Tensor]:
+    def _best(self, read: Read, own: Bools, n: int) -> tuple[Tensor, Tensor]:
         """The n best tokens and their log-probs, [P, n], processed ones where `own`; what has no chance comes by id."""
         if n == 0:
             empty = read.model.top.new_empty(len(own), 0)
@@ -203,17 +217,17 @@ class FusedReads:
         ids, values = best_tokens(*read.given, n, read.processed.floor, self._passes.mask(own))
         return _completed(ids), self._log_probs(read, own, values)
 
-    def _log_probs(self, read: _Read, own: Bools, values: Tensor) -> Tensor:
+    def _log_probs(self, read: Read, own: Bools, values: Tensor) -> Tensor:
         """Of values [P, n], of the processed distribution where `own`."""
         found = read.model.log_probs(values)
         mask = self._passes.mask(own)
         return found if mask is None else torch.where(mask[:, None], read.processed.log_probs(values), found)
 
-    def _bad(self, read: _Read, own: Bools) -> Tensor:
+    def _bad(self, read: Read, own: Bools) -> Tensor:
         mask = self._passes.mask(own)
         return read.model.bad if mask is None else torch.where(mask, read.processed.bad, read.model.bad)
 
-    def _ranks(self, probe: Probe, read: _Read, ids: Tensor) -> Tensor | None:
+    def _ranks(self, probe: Probe, read: Read, ids: Tensor) -> Tensor | None:
         """Ranks of ids [P, n], int32, in the order that each entry reports; 0 where its spec did not ask, None if none did."""
         fields = self._state.fields[probe.slot]
         wanted = self._passes.mask(fields["rank"])

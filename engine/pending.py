@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pagefork.kernels._triton import fused_on
 from pagefork.scheduler.plan import Longs, Reads
 
 Columns = dict[str, Tensor]  # fields of Reads by name; and "emptied", bool [P]: bad though the model's logits are good
@@ -41,24 +42,44 @@ class Pending(NamedTuple):
 class Fetch:
     """The columns of several probes. They leave the device in one piece, and the host waits for them once."""
 
-    def __init__(self, pending: Sequence[Pending]) -> None:
+    def __init__(self, pending: Sequence[Pending], device: torch.device) -> None:
         """Launches what is needed and waits for nothing."""
         self._pending = pending
         self._columns = [column for one in pending for column in one.columns.values()]
-        self._packed = packed(self._columns) if self._columns and self._columns[0].is_cuda else None
+        self._left = _Leaving(packed(self._columns, device)) if fused_on(device) else None
 
     def reads(self) -> list[Reads]:
-        """One of each probe. Waits for the device."""
-        if self._packed is None:
+        """One of each probe. Waits for the device, even where nothing was asked: else steps of prompts would pile up there."""
+        if self._left is None:
             arrays = iter([column.numpy() for column in self._columns])
         else:
-            arrays = iter(unpacked(self._packed.cpu().numpy(), self._columns))
+            arrays = iter(unpacked(self._left.arrived(), self._columns))
         return [one.reads({name: next(arrays) for name in one.columns}) for one in self._pending]
 
 
-def packed(tensors: Sequence[Tensor]) -> Tensor:
-    """The bytes of all tensors, one after another, uint8 [N]."""
-    return torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
+class _Leaving:
+    """Bytes on their way to the host; from a GPU through page-locked memory, as nothing else is copied without waiting."""
+
+    def __init__(self, data: Tensor) -> None:
+        self._data, self._event = data, None
+        if data.is_cuda:
+            self._data = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
+            self._data.copy_(data, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(data.device))
+
+    def arrived(self) -> NDArray[np.uint8]:
+        """Waits until they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        array: NDArray[np.uint8] = self._data.numpy()
+        return array.copy() if self._event is not None else array  # page-locked memory is not for keeping
+
+
+def packed(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The bytes of all tensors, which are on `device`, one after another, uint8 [N]."""
+    parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=device)
 
 
 def unpacked(data: NDArray[np.uint8], tensors: Sequence[Tensor]) -> list[NDArray[Any]]:

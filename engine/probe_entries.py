@@ -25,7 +25,7 @@ def probe_records(
     whose bans, bias and penalties matter.
     """
     assert state.marks is not None
-    fields, table_row = state.fields[slot], state.marks.row[slot]
+    fields, table_row = state.fields.take(slot), state.marks.row[slot]
     adjusted = adjusting & state.adjusted(slot, position) & (table_row >= 0)
     greedy = fields["temperature"] < GREEDY
     records = np.zeros(len(slot), ENTRY)
@@ -39,19 +39,23 @@ def probe_records(
     for name, source in _PENALTIES:
         records[name] = fields[source]
     records["seed"], records["stream"] = fields["seed"], fields["stream"]
-    penalised = (fields["repetition_penalty"] != 1) | (fields["frequency_penalty"] != 0) | (fields["presence_penalty"] != 0)
-    records["flags"] = sum(
-        holds * np.int32(flag)
-        for flag, holds in (
-            (Entry.GREEDY, greedy),
-            (Entry.PROCESSED, fields["processed"]),
-            (Entry.OWN, adjusted | (heat != 1)),
+    flags = [(Entry.GREEDY, greedy), (Entry.PROCESSED, fields["processed"]), (Entry.OWN, adjusted | (heat != 1))]
+    if adjusted.any():
+        penalised = (fields["repetition_penalty"] != 1) | (fields["frequency_penalty"] != 0) | (fields["presence_penalty"] != 0)
+        flags += [
             (Entry.ADJUSTED, adjusted),
             (Entry.ONLY, adjusted & state.restricted(slot)),
             (Entry.NO_END, adjusted & state.ends_banned(slot, position)),
             (Entry.COUNTED, adjusted & penalised),
-        )
-    )
+        ]
+    records["flags"] = sum(holds * np.int32(flag) for flag, holds in flags)
+    return records
+
+
+def neutral_records(count: int) -> NDArray[Any]:
+    """ENTRY [count] of padding: they take the best token of row 0."""
+    records = np.zeros(count, ENTRY)
+    records["flags"], records["temperature"], records["top_p"], records["min_p_depth"] = int(Entry.GREEDY), 1, 1, -np.inf
     return records
 
 

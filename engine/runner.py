@@ -12,12 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pagefork.kernels.similarity import similarity
-from pagefork.kernels.upload import upload, upload_index
-from pagefork.scheduler.plan import LAST_TOKEN, Ints, Kind, Plan, Probe, Result, Rows
+from pagefork.kernels.upload import upload_index
+from pagefork.scheduler.plan import Ints, Kind, Plan, Probe, Result, Rows
 from pagefork.scheduler.reading import joined
 
 from .batch import build_batch
+from .block_tables import BlockTables
 from .cache import KVCache
+from .capture import Capture
+from .forward import Forward
+from .graph import StepGraphs
 from .models.registry import Model
 from .pending import Fetch, Pending
 from .sampler import Sampler
@@ -29,30 +33,45 @@ class ModelRunner:
     """Keeps, by slot, what a plan takes for granted: the block table here, tokens and parameters in the sampler."""
 
     def __init__(
-        self, model: Model, cache: KVCache, max_num_seqs: int, max_model_len: int, batch_invariant: bool = False
+        self,
+        model: Model,
+        cache: KVCache,
+        max_num_seqs: int,
+        max_model_len: int,
+        batch_invariant: bool = False,
+        capture: Capture | None = None,
     ) -> None:
+        """capture: records decoding steps, to replay them; where kernels run. Raises as StepGraphs does."""
         self._model = model
         self._cache = cache
         self._batch_invariant = batch_invariant
-        self._table = np.zeros((max_num_seqs, -(-max_model_len // cache.block_size)), np.int32)
+        self._tables = BlockTables(max_num_seqs, -(-max_model_len // cache.block_size), cache.device)
         self._sampler = Sampler(max_num_seqs, model.config.vocab_size, max_model_len, cache.device)
         self.processors = self._sampler.processors
         self._results: deque[_Submitted] = deque()
+        self._graphs: StepGraphs | None = None
+        if capture is not None:
+            parts = model, cache, self._tables, self._sampler
+            with torch.inference_mode():
+                self._graphs = StepGraphs(*parts, max_len=max_model_len, batch_invariant=batch_invariant, capture=capture)
 
     @torch.inference_mode()
     def submit(self, plan: Plan) -> None:
         """Compute a plan; its result waits for collect()."""
-        self._table[plan.forks.dst] = self._table[plan.forks.src]
+        with _current(self._cache.device):
+            self._submit(plan)
+
+    def _submit(self, plan: Plan) -> None:
+        self._tables.fork(plan.forks)
         self._sampler.fork(plan.forks)
         self._sampler.open(plan.opens, plan.specs)
-        self._table[plan.tables.slot, plan.tables.column] = plan.tables.block
+        self._tables.write(plan.tables)
         self._cache.copy_blocks(plan.copies.src, plan.copies.dst)
-        tokens = self._resolve(plan.rows)
-        batch = build_batch(plan.rows, self._table, tokens, self._model.config, self._cache, self._batch_invariant)
-        self._sampler.feed(plan.rows, tokens)
-        hidden = self._model.forward(batch, self._cache)
-        self._cache.write_hidden(hidden[: len(tokens)], batch.blocks, batch.offsets)
-        self._results.append(_Submitted(plan.step, self._read(plan, hidden)))
+        forward = self._graphs.run(plan) if self._graphs is not None else None
+        if forward is None:
+            forward = self._launched(plan.rows)
+        self._sampler.feed(plan.rows, forward.tokens[: len(plan.rows.tokens)])
+        self._results.append(_Submitted(plan.step, self._read(plan, forward), self._cache.device))
         self._sampler.end_step()
 
     def collect(self) -> Result:
@@ -64,73 +83,86 @@ class ModelRunner:
         self._results.clear()
         self._sampler.end_step()
 
-    def _resolve(self, rows: Rows) -> Tensor:
-        device = self._cache.device
-        tokens = upload(rows.tokens.astype(np.int64), device)
-        drawn = np.flatnonzero(rows.tokens == LAST_TOKEN)
-        if len(drawn):
-            slots = np.repeat(rows.slot, np.diff(rows.offset))[drawn]
-            tokens[upload_index(drawn, device)] = self._sampler.last[upload_index(slots, device)]
-        return tokens
+    def _launched(self, rows: Rows) -> Forward:
+        batch = build_batch(
+            rows,
+            self._tables.host,
+            self._model.config,
+            self._cache,
+            last=self._sampler.last,
+            device_tables=self._tables.device,
+            batch_invariant=self._batch_invariant,
+        )
+        hidden = self._model.forward(batch, self._cache)
+        self._cache.write_hidden(hidden[: len(batch.blocks)], batch.blocks, batch.offsets)
+        return Forward(batch.tokens, hidden)
 
-    def _read(self, plan: Plan, hidden: Tensor) -> list[list[Pending]]:
+    def _read(self, plan: Plan, forward: Forward) -> list[list[Pending]]:
         """Logits once for every position that any probe names; those of prompts a slice at a time, as there are many."""
         together = [probe for probe in plan.probes if probe.kind is not Kind.TARGET]
-        reads = iter(self._read_together(together, plan.rows, hidden))
+        reads = iter(self._read_together(together, plan.rows, forward))
         return [
-            self._read_sliced(probe, plan.rows, hidden) if probe.kind is Kind.TARGET else [next(reads)] for probe in plan.probes
+            self._read_sliced(probe, plan.rows, forward) if probe.kind is Kind.TARGET else [next(reads)] for probe in plan.probes
         ]
 
-    def _read_together(self, probes: list[Probe], rows: Rows, hidden: Tensor) -> list[Pending]:
+    def _read_together(self, probes: list[Probe], rows: Rows, forward: Forward) -> list[Pending]:
         if not probes:
             return []
-        places, row = np.unique(np.concatenate([probe.at for probe in probes]), return_inverse=True)
-        logits, positions = self._logits(places, rows, hidden)
-        reads, begin = [], 0
+        at = np.concatenate([probe.at for probe in probes])
+        logits, row = forward.logits, at
+        if logits is None:
+            places, row = np.unique(at, return_inverse=True)
+            logits = self._logits(places, forward)
+        position, reads, begin = _places(at, rows)[1], [], 0
         for probe in probes:
-            part = row[begin : begin + len(probe.at)]
+            part = slice(begin, begin + len(probe.at))
             begin += len(probe.at)
-            reads.append(self._sampler.read(logits, probe, part, positions[part]))
+            drawn = forward.drawn if probe.kind is Kind.SAMPLE else None
+            reads.append(self._sampler.read(logits, probe, row[part], position[part], drawn))
             if probe.window is not None:
-                reads[-1].columns["sim"] = self._similarity(probe, rows, hidden)
+                reads[-1].columns["sim"] = self._similarity(probe, rows, forward.hidden)
         return reads
 
     def _similarity(self, probe: Probe, rows: Rows, hidden: Tensor) -> Tensor:
         assert self._cache.hidden is not None and probe.window is not None
         row, position = _places(probe.at, rows)
-        tables = self._table[rows.slot[row], : -(-int(position.max()) // self._cache.block_size) + 1]
+        tables = self._tables.host[rows.slot[row], : -(-int(position.max()) // self._cache.block_size) + 1]
         states = hidden[upload_index(probe.at, hidden.device)]
         host = (torch.from_numpy(values.astype(np.int64)) for values in (tables, position, probe.window))
         return similarity(states, self._cache.hidden, *host)
 
-    def _read_sliced(self, probe: Probe, rows: Rows, hidden: Tensor) -> list[Pending]:
+    def _read_sliced(self, probe: Probe, rows: Rows, forward: Forward) -> list[Pending]:
         size = max(1, _SLICE // self._model.config.vocab_size)
         parts: list[Pending] = []
         for begin in range(0, len(probe.at), size):
             cut = slice(begin, begin + size)
             assert probe.target is not None
             part = Probe(probe.kind, probe.at[cut], probe.slot[cut], probe.n, target=probe.target[cut])
-            logits, positions = self._logits(part.at, rows, hidden)
-            parts.append(self._sampler.read(logits, part, np.arange(len(part.at)), positions))
+            logits, position = self._logits(part.at, forward), _places(part.at, rows)[1]
+            parts.append(self._sampler.read(logits, part, np.arange(len(part.at)), position))
         return parts
 
-    def _logits(self, places: Ints, rows: Rows, hidden: Tensor) -> tuple[Tensor, Ints]:
-        """Logits at flat token indices, and the positions of their tokens."""
-        logits = self._model.logits(hidden[upload_index(places, hidden.device)])
-        return logits, _places(places, rows)[1]
+    def _logits(self, places: Ints, forward: Forward) -> Tensor:
+        """Logits at flat token indices."""
+        return self._model.logits(forward.hidden[upload_index(places, forward.hidden.device)])
 
 
 class _Submitted:
     """A step whose reads are under way: those of each probe, in one or more parts."""
 
-    def __init__(self, step: int, probes: list[list[Pending]]) -> None:
+    def __init__(self, step: int, probes: list[list[Pending]], device: torch.device) -> None:
         self._step, self._counts = step, [len(parts) for parts in probes]
-        self._fetch = Fetch(list(chain.from_iterable(probes)))
+        self._fetch = Fetch(list(chain.from_iterable(probes)), device)
 
     def result(self) -> Result:
         reads = iter(self._fetch.reads())
         probes = [list(islice(reads, count)) for count in self._counts]
         return Result(self._step, [parts[0] if len(parts) == 1 else joined(parts) for parts in probes])
+
+
+def _current(device: torch.device) -> torch.cuda.device:
+    """Makes a GPU the current one, which is where Triton launches: a thread that did not build the engine may have another."""
+    return torch.cuda.device(device.index if device.type == "cuda" else -1)
 
 
 def _places(at: Ints, rows: Rows) -> tuple[NDArray[Any], Ints]:

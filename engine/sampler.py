@@ -17,6 +17,7 @@ from pagefork.kernels.upload import upload_index
 from pagefork.scheduler.plan import Forks, Kind, Opens, Probe, Rows, Spec
 
 from .custom_logits import LogitsProcessors
+from .fused_draw import DrawEntries, Drawn
 from .fused_reads import FusedReads
 from .pending import Pending
 from .slot_state import SlotState
@@ -27,7 +28,8 @@ class Sampler:
     """The state by slot that reading logits needs, and the read-outs."""
 
     def __init__(self, max_slots: int, vocab_size: int, max_len: int, device: torch.device) -> None:
-        self.last = torch.zeros(max_slots, dtype=torch.int64, device=device)  # the token drawn last; 0 after a bad row
+        self.held = torch.zeros(max_slots + 1, dtype=torch.int64, device=device)  # `last`, and one that padding draws for
+        self.last = self.held[:max_slots]  # the token drawn last; 0 after a bad row
         self.processors = LogitsProcessors(vocab_size)
         self._state = SlotState(max_slots, vocab_size, max_len, device, self.processors, fused(self.last))
         self._torch = TorchReads(self._state, vocab_size, device)
@@ -43,25 +45,37 @@ class Sampler:
 
     def open(self, opens: Opens, specs: list[Spec]) -> None:
         """Slots start afresh. Raises ValueError for a token id outside of the vocabulary."""
-        self._state.open(opens, specs)
+        if len(opens.slot):
+            self._state.open(opens, specs)
 
     def feed(self, rows: Rows, tokens: Tensor) -> None:
         """Takes the tokens, int64 [T], that this step feeds; before its logits are read."""
         self._forget()
         self._state.feed(rows, tokens)
 
+    def draw_entries(self, probe: Probe, row: NDArray[Any], position: NDArray[Any]) -> DrawEntries | None:
+        """What a graph is told to draw for a SAMPLE; None where it can't: no kernel takes it, or its logits are adjusted."""
+        return None if self._fused is None else self._fused.draw_entries(probe, row, position)
+
     @torch.no_grad()
-    def read(self, logits: Tensor, probe: Probe, row: NDArray[Any], position: NDArray[Any]) -> Pending:
+    def read(
+        self, logits: Tensor, probe: Probe, row: NDArray[Any], position: NDArray[Any], drawn: Drawn | None = None
+    ) -> Pending:
         """What `probe` asks of logits [U, V] (floating point; not modified).
 
         row: [P], the row of logits of every entry. position: [P], where its token was fed: the token drawn comes one
-        later, which keys the draw. Raises ValueError for logits of another shape.
+        later, which keys the draw. drawn: what a graph found in these logits. Raises ValueError for logits
+        of another shape.
         """
         if logits.ndim != 2 or logits.shape[1] != self._vocab_size:
             raise ValueError(f"logits must be of shape [rows, {self._vocab_size}], not {list(logits.shape)}")
-        reads = self._fused if self._fused is not None and self._fused.takes(probe) else self._torch
-        columns = reads.read(logits, probe, row, position)
-        if probe.kind is Kind.SAMPLE:
+        if drawn is not None:
+            assert self._fused is not None
+            columns = self._fused.read_drawn(probe, position, drawn)
+        else:
+            reads = self._fused if self._fused is not None and self._fused.takes(probe) else self._torch
+            columns = reads.read(logits, probe, row, position)
+        if probe.kind is Kind.SAMPLE and drawn is None:
             self.last[upload_index(probe.slot, self._device)] = columns["token"].long()
         return Pending(columns, self._state.fields["processors"][probe.slot], self.processors.failures)
 

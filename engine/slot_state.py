@@ -124,13 +124,13 @@ class SlotState:
 
     def adjusted(self, slot: Ints, position: NDArray[Any]) -> Bools:
         """Entries [P] that `adjust` would change."""
-        fields = self.fields[slot]
+        fields = self.fields.take(slot)
         changed: Bools = fields["adjusted"] | _ends_banned(fields, position)
         return changed
 
     def ends_banned(self, slot: Ints, position: NDArray[Any]) -> Bools:
         """Entries [P] in which fewer than min_tokens are generated."""
-        return _ends_banned(self.fields[slot], position)
+        return _ends_banned(self.fields.take(slot), position)
 
     def ban_step(self, slot: Ints, position: NDArray[Any]) -> None:
         """Notes in the token table what n-grams and words ban in slots [P], each at most once, after `position` [P]."""
@@ -200,6 +200,7 @@ class SlotState:
         have = 0 if self.history is None else self.history.shape[1]
         if needed > have:
             columns = max(needed, min(max(2 * have, _FIRST_COLUMNS), self._max_len))
+            columns += -columns % _FIRST_COLUMNS  # a stride of one kind, for which kernels are compiled once
             grown = torch.zeros(len(self.fields), columns, dtype=torch.int32, device=self._device)
             if self.history is not None:
                 grown[:, :have] = self.history

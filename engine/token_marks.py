@@ -93,7 +93,7 @@ class TokenMarks:
 
     def feed(self, rows: Rows, tokens: Tensor) -> None:
         """Notes the tokens fed, int64 [T] on the device."""
-        held = self._slots[rows.slot]
+        held = self._slots.take(rows.slot)
         follows = held["counts"] | held["repeats"]
         if not follows.any():
             return

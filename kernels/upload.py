@@ -21,3 +21,11 @@ def upload(values: NDArray[Any], device: torch.device) -> Tensor:
 def upload_index(values: NDArray[Any], device: torch.device) -> Tensor:
     """As int64, which indexing takes."""
     return upload(values.astype(np.int64, copy=False), device)
+
+
+def staging(words: int, device: torch.device) -> Tensor:
+    """int32 [words] of the host, of undefined content: to be filled, and copied to the device without waiting.
+
+    Torch does not hand out its memory again before copies out of it are done.
+    """
+    return torch.empty(words, dtype=torch.int32, pin_memory=device.type == "cuda")

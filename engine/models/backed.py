@@ -18,7 +18,7 @@ from transformers.modeling_utils import AttentionInterface
 from pagefork.batch import Batch
 from pagefork.cache import KVCache
 from pagefork.kernels.kv_cache import write_kv
-from pagefork.kernels.linear import MIN_ROWS
+from pagefork.kernels.linear import padded_rows
 from pagefork.kernels.paged_attention import paged_attention
 from pagefork.scheduler.errors import ModelError
 
@@ -29,6 +29,7 @@ from .packing import pack, put_back, stand_in
 from .pretrained import first_line, quiet
 
 _IMPLEMENTATION = "pagefork"
+_PROBED = 4  # tokens of the first run: of one alone less could be told
 
 
 class Attention(Protocol):
@@ -120,6 +121,8 @@ class BackedModel:
                 self._take(model, outline)
         except ModelError as error:
             raise ModelError(f"{outline.architecture} can't be served with paged attention: {error}") from None
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise ModelError(f"{outline.architecture} can't be served with paged attention; trying raised {reason}") from error
@@ -144,7 +147,7 @@ class BackedModel:
         """Sets the config. Returns the type of the decoder's output, and what the model gives by itself."""
         model.set_attn_implementation(probe.IMPLEMENTATION)
         self._relay.attention = listener = probe.Listener(outline.max_len)
-        positions = torch.arange(min(MIN_ROWS, outline.max_len), device=self.device)[None]
+        positions = torch.arange(min(_PROBED, outline.max_len), device=self.device)[None]
         output = _decode(decoder, torch.zeros_like(positions), positions)
         window = min((layer.window for layer in listener.layers if layer.window is not None), default=None)
         model.set_attn_implementation("eager")
@@ -167,8 +170,8 @@ class BackedModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [P, vocabulary] of states [P, hidden]."""
         rows = hidden.shape[0]
-        if rows < MIN_ROWS:
-            hidden = functional.pad(hidden, (0, 0, 0, MIN_ROWS - rows))
+        if padding := padded_rows(rows, hidden.device) - rows:
+            hidden = functional.pad(hidden, (0, 0, 0, padding))
         logits: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False, return_dict=True).logits
         return logits[0, :rows]
 

@@ -66,7 +66,7 @@ def _feed(model: Model, cache: KVCache, tables: np.ndarray[Any, Any], rows: list
     flat = ints([token for row in tokens for token in row])
     lengths = [len(row) for row in tokens]
     plan = Rows(ints(slots), ints(starts), ints(np.cumsum([0, *lengths])), flat, np.empty((0, 3), np.int32))
-    batch = build_batch(plan, tables, torch.from_numpy(flat).long().to(model.device), model.config, cache)
+    batch = build_batch(plan, tables, model.config, cache)
     hidden = model.forward(batch, cache)
     return list(model.logits(hidden[: len(flat)]).split(lengths))
 

@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from pagefork.batch import Batch
 from pagefork.cache import KVCache
-from pagefork.kernels.kv_cache import write_kv
-from pagefork.kernels.linear import MIN_ROWS, Linear
+from pagefork.kernels.linear import Linear, padded_rows
 from pagefork.kernels.paged_attention import paged_attention
 from pagefork.kernels.rms_norm import rms_norm
-from pagefork.kernels.rope import rope, rope_tables
+from pagefork.kernels.rope import rope_tables
+from pagefork.kernels.rope_write import rope_write
 from pagefork.kernels.silu_mul import silu_mul
 
 from .config import DecoderConfig
@@ -41,8 +41,13 @@ class _Layer:
 class Decoder:
     """A causal language model over the paged cache. `forward` gives the states, `logits` reads tokens off them."""
 
-    def __init__(self, config: DecoderConfig, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
-        """Takes its weights one by one. Raises ModelError if names or shapes do not fit, before any is read."""
+    def __init__(
+        self, config: DecoderConfig, weights: Weights, dtype: torch.dtype, device: torch.device, invariant: bool = False
+    ) -> None:
+        """Takes its weights one by one. Raises ModelError if names or shapes do not fit, before any is read.
+
+        invariant: as `Linear` has it.
+        """
         self.config: DecoderConfig = config
         self.dtype = dtype
         self.device = device
@@ -59,9 +64,9 @@ class Decoder:
         self._embedding = take("model.embed_tokens.weight")
         # Checkpoints with tied embeddings may hold a copy of them as head; where it differs it counts, as in transformers.
         table = take(head) if head in expected else self._embedding
-        self._head = Linear(self._embedding if torch.equal(table, self._embedding) else table)
+        self._head = Linear(self._embedding if torch.equal(table, self._embedding) else table, invariant=invariant)
         self._norm = take("model.norm.weight")
-        self._layers = [_take_layer(layer, config, take) for layer in range(config.num_hidden_layers)]
+        self._layers = [_take_layer(layer, config, take, invariant) for layer in range(config.num_hidden_layers)]
         inv_freq, self._rope_scale = rotary(config.rope, config.head_dim)
         self._inv_freq = inv_freq.to(device)
 
@@ -89,21 +94,16 @@ class Decoder:
         config = self.config
         heads, kv_heads, size = config.num_attention_heads, config.num_kv_heads, config.head_dim
         qkv = layer.qkv(x).view(x.shape[0], heads + 2 * kv_heads, size)
-        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if layer.qk_norm is not None:
-            qk = rms_norm(qk, layer.qk_norm, config.rms_norm_eps)
-        qk = rope(qk, *tables)
         k_cache, v_cache = cache.k[index], cache.v[index]
-        written = batch.blocks.numel()
-        write_kv(qk[:written, heads:], v[:written], k_cache, v_cache, batch.blocks, batch.offsets)
-        return layer.out(paged_attention(qk[:, :heads], k_cache, v_cache, batch.attention[layer.window], size**-0.5))
+        q = rope_write(qkv, layer.qk_norm, config.rms_norm_eps, *tables, k_cache, v_cache, batch.blocks, batch.offsets)
+        return layer.out(paged_attention(q, k_cache, v_cache, batch.attention[layer.window], size**-0.5))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [P, vocabulary] of states [P, hidden], in the model's dtype."""
         rows = hidden.shape[0]
-        if rows < MIN_ROWS:
-            hidden = functional.pad(hidden, (0, 0, 0, MIN_ROWS - rows))
+        if padding := padded_rows(rows, hidden.device) - rows:
+            hidden = functional.pad(hidden, (0, 0, 0, padding))
         return self._head(hidden)[:rows]
 
 
@@ -111,7 +111,7 @@ def _add_norm(hidden: Tensor, change: Tensor | None, weight: Tensor, eps: float)
     return rms_norm(hidden, weight, eps) if change is None else rms_norm(change, weight, eps, hidden)
 
 
-def _take_layer(index: int, config: DecoderConfig, take: Callable[[str], Tensor]) -> _Layer:
+def _take_layer(index: int, config: DecoderConfig, take: Callable[[str], Tensor], invariant: bool) -> _Layer:
     prefix = f"model.layers.{index}."
 
     def fused(block: str, parts: tuple[str, ...], bias: bool) -> Linear:
@@ -119,7 +119,7 @@ def _take_layer(index: int, config: DecoderConfig, take: Callable[[str], Tensor]
             tensors = [take(f"{prefix}{block}.{part}_proj.{kind}") for part in parts]
             return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
-        return Linear(joined("weight"), joined("bias") if bias else None)
+        return Linear(joined("weight"), joined("bias") if bias else None, invariant)
 
     def qk_norm() -> Tensor:
         q, k = (take(f"{prefix}self_attn.{name}_norm.weight") for name in "qk")

@@ -53,17 +53,20 @@ def load_outline(path: str | Path, impl: str = "auto") -> Outline:
         return msgspec.structs.replace(outline, dtype=next(iter(weights.dtypes.values()), "float32"))
 
 
-def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, impl: str = "auto") -> Model:
+def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, impl: str = "auto", invariant: bool = False) -> Model:
     """The model in a local directory of config.json and safetensors, sharded or not.
 
-    Natively weights are read, cast, fused and packed one after another, so they are never held twice. Raises ModelError
-    for a checkpoint that is missing, damaged, of an unsupported architecture or format, or whose weights do not fit.
+    Natively weights are read, cast, fused and packed one after another, so they are never held twice. With
+    `invariant` linear layers are as `Linear` has it. Raises ModelError for a checkpoint that is missing, damaged, of an
+    unsupported architecture or format, or whose weights do not fit, and with `invariant` where transformers runs it.
     """
     directory = _directory(path)
     outline = read_outline(directory, impl)
     if isinstance(outline, DecoderConfig):
         with Weights(directory) as weights:
-            return Decoder(outline, weights, dtype, device)
+            return Decoder(outline, weights, dtype, device, invariant)
+    if invariant:
+        raise ModelError(f"{outline.architecture} runs through transformers, whose layers are not batch invariant")
     from .backed import BackedModel
     from .pretrained import load_pretrained
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -88,7 +89,11 @@ class Weights:
                 )
 
     def take(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A weight, cast and moved; memory of its own, so that the file's pages can go. Progress shows on a terminal."""
+        """A weight, moved and cast; memory of its own, so that the file's pages can go. Progress shows on a terminal.
+
+        Another device than the CPU gets it as it is stored and casts it, which takes memory for both only until the next is
+        taken; the CPU never holds it in `dtype`.
+        """
         if self._bar is None:
             self._bar = Bar(total=len(self.shapes), desc="Loading", unit="weight", disable=None, delay=0.5, leave=False)
         self._bar.update()
@@ -96,7 +101,9 @@ class Weights:
             weight: Tensor = self._files[name].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{name} can't be read: {error}") from None
-        return weight.to(device=device, dtype=dtype, copy=True)
+        if device.type == "cpu":
+            return weight.to(dtype=dtype, copy=True)
+        return weight.to(device).to(dtype)
 
     def close(self) -> None:
         self._files.clear()
@@ -108,6 +115,12 @@ class Weights:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def weights_size(directory: Path, dtype: torch.dtype) -> int:
+    """Bytes of a checkpoint's weights in `dtype`. Raises ModelError as Weights does."""
+    with Weights(directory) as weights:
+        return sum(map(math.prod, weights.shapes.values())) * dtype.itemsize
 
 
 def _shards(directory: Path) -> dict[str, str]:
