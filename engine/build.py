@@ -9,15 +9,22 @@ import torch
 
 from pagefork.scheduler.errors import ConfigError
 
-from .cache import KVCache, hidden_share, num_blocks_for
+from .cache import KVCache, hidden_share
+from .cache_size import Device, cache_blocks
+from .capture import Capture, CudaCapture
 from .checkpoint import locate
 from .config import EngineConfig
 from .json_file import read_json
+from .kernels._triton import fused_on
 from .kernels.linear import linear_backend
+from .memory import CudaMemory, Memory, check_weights, running_out, weights_advice
 from .models.config import DecoderConfig, Outline
 from .models.registry import Model, load_model, load_outline, resolve_dtype
+from .models.weights import weights_size
+from .overlap import overlaps
 from .runner import ModelRunner
 from .tokenizer import Tokenizer
+from .warmup import warm_up
 
 _HIDDEN_SHARE = 0.2  # of the memory of keys and values: models with few KV heads and layers would pay more than they gain
 _SMALL_MODEL = 32 << 20  # bytes of weights up to which one thread is as fast as several
@@ -33,6 +40,8 @@ class Built(NamedTuple):
     tokenizer: Tokenizer | None
     max_model_len: int
     generation: dict[str, Any]
+    cuda_graphs: bool  # whether decoding steps are replayed from captured graphs
+    overlap: bool  # whether a step is planned while the one before it is computed
 
     @property
     def first_token(self) -> int | None:
@@ -52,14 +61,19 @@ class Built(NamedTuple):
             "vocab_size": model.config.vocab_size,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(cache.device),
+            "device_name": None if on_cpu else torch.cuda.get_device_name(cache.device),
             "cpu_path": linear_backend(model.dtype, cache.device) if on_cpu else None,
             "threads": torch.get_num_threads() if on_cpu else None,
             "weights_memory": model.num_parameters * model.dtype.itemsize,
             "cache_memory": cache.nbytes,
+            "used_memory": None if on_cpu else torch.cuda.memory_reserved(cache.device),
+            "free_memory": None if on_cpu else torch.cuda.mem_get_info(cache.device)[0],
             "hidden_states": cache.hidden is not None,
             "num_blocks": cache.num_blocks - 1,
             "block_size": cache.block_size,
             "batch_invariant": bool(config.batch_invariant),
+            "cuda_graphs": self.cuda_graphs,
+            "overlap": self.overlap,
             "max_model_len": self.max_model_len,
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
@@ -76,13 +90,17 @@ def build(config: EngineConfig) -> Built:
         _check_batch_invariant(outline, dtype, device)
     if config.max_model_len is not None and config.max_model_len > outline.max_len:
         raise ConfigError(f"max_model_len={config.max_model_len}: the model was made for at most {outline.max_len} tokens")
+    graphs = _graphs(config.cuda_graphs, outline, device)
     length = config.max_model_len or outline.max_len
     tokenizer = Tokenizer.load(path)
-    model = load_model(path, dtype, device, config.model_impl)
-    if device.type == "cpu":
-        _set_threads(config, model)
+    memory = _memory(device)
+    model = _load(config, path, dtype, device, memory)
     hidden = hidden_share(model.config) <= _HIDDEN_SHARE if config.hidden_states == "auto" else config.hidden_states
-    num_blocks = _num_blocks(config, model, length, hidden)
+
+    def make_runner(cache: KVCache, length: int, capture: Capture | None = None) -> ModelRunner:
+        return ModelRunner(model, cache, config.max_num_seqs, length, bool(config.batch_invariant), capture)
+
+    num_blocks = cache_blocks(config, model, length, hidden, None if memory is None else Device(memory, make_runner, graphs))
     capacity = (num_blocks - 1) * config.block_size
     if config.max_model_len is not None and capacity < length:
         raise ConfigError(
@@ -91,27 +109,78 @@ def build(config: EngineConfig) -> Built:
         )
     length = min(length, capacity)
     cache = KVCache(model.config, num_blocks, config.block_size, dtype, device, hidden)
-    runner = ModelRunner(model, cache, config.max_num_seqs, length, bool(config.batch_invariant))
-    return Built(path, model, cache, runner, tokenizer, length, _generation(path))
+    if memory is None:
+        runner = make_runner(cache, length)
+    else:
+        with running_out(memory, "a step before the first request", "lower num_blocks or kv_cache_memory"):
+            runner = make_runner(cache, length, CudaCapture(device) if graphs else None)
+            warm_up(runner, cache, config, length)
+    return Built(path, model, cache, runner, tokenizer, length, _generation(path), graphs, overlaps(config.overlap, device))
+
+
+def _load(config: EngineConfig, path: Path, dtype: torch.dtype, device: torch.device, memory: Memory | None) -> Model:
+    """The model, and what it needs of torch's settings."""
+    invariant = bool(config.batch_invariant)
+    if memory is None:
+        model = load_model(path, dtype, device, config.model_impl, invariant)
+        _set_threads(config, model)
+        return model
+    check_weights(weights_size(path, dtype), memory.free(), dtype)
+    if dtype == torch.float32:
+        _exact_products()
+    with running_out(memory, "loading the weights", weights_advice(dtype)):
+        return load_model(path, dtype, device, config.model_impl, invariant)
 
 
 def _device(name: str) -> torch.device:
+    """The CPU, or the CUDA device that is the current one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda': torch sees no CUDA device here; use 'cpu' or 'auto'")
-    return torch.device(name)
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def _memory(device: torch.device) -> Memory | None:
+    """That of a GPU, which weights, steps and cache share; a CPU's is not ours alone."""
+    return CudaMemory(device) if device.type == "cuda" else None
+
+
+def _graphs(asked: bool | None, outline: Outline, device: torch.device) -> bool:
+    """Whether decoding steps are captured. Raises ConfigError if that is asked for and can't be."""
+    if device.type != "cuda":
+        reason = f"graphs need a CUDA device, and this engine runs on the {device.type}"
+    elif not isinstance(outline, DecoderConfig):
+        reason = f"{outline.architecture} runs through transformers, whose layers may wait for the host"
+    elif not fused_on(device):
+        reason = "graphs need Triton, which can't be imported here"
+    else:
+        return asked is not False
+    if asked:
+        raise ConfigError(f"cuda_graphs=True is refused: {reason}")
+    return False
+
+
+def _exact_products() -> None:
+    """float32 is float32: products are not rounded to TF32, should somebody have asked torch for that. Process-wide."""
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        torch.set_float32_matmul_precision("highest")  # `fp32_precision` set, the older switches could not be read any more
 
 
 def _check_batch_invariant(outline: Outline, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ConfigError where the promise can't be kept: it rests on the order in which our CPU kernels add up."""
+    """Raises ConfigError where the promise can't be kept: it rests on the order in which our own kernels add up."""
     if not isinstance(outline, DecoderConfig):
         reason = f"{outline.architecture} runs through transformers"
-    elif linear_backend(dtype, device) != "onednn-packed":
+    elif device.type == "cuda" and not fused_on(device):
+        reason = "Triton is not installed here"
+    elif not fused_on(device) and linear_backend(dtype, device) != "onednn-packed":
         reason = f"{str(dtype).removeprefix('torch.')} on {device} has no packed linear layers here"
     else:
         return
-    raise ConfigError(f"batch_invariant=True is for native models in float32 or bfloat16 on a CPU with oneDNN; {reason}")
+    raise ConfigError(
+        "batch_invariant=True is for native models, on a GPU with Triton, or in float32 or bfloat16 on a CPU with oneDNN; "
+        + reason
+    )
 
 
 def _set_threads(config: EngineConfig, model: Model) -> None:
@@ -123,16 +192,6 @@ def _set_threads(config: EngineConfig, model: Model) -> None:
         torch.set_num_threads(config.num_threads)
     elif model.num_parameters * model.dtype.itemsize < _SMALL_MODEL:
         torch.set_num_threads(1)
-
-
-def _num_blocks(config: EngineConfig, model: Model, length: int, hidden: bool) -> int:
-    """Blocks of the cache, the padding sink included; unasked no more than max_num_seqs sequences could fill."""
-    if config.num_blocks is not None:
-        return config.num_blocks + 1
-    blocks = num_blocks_for(config.kv_cache_memory, model.config, config.block_size, model.dtype, model.device, hidden)
-    if config.kv_cache_memory is not None:
-        return blocks
-    return min(blocks, config.max_num_seqs * -(-length // config.block_size) + 1)
 
 
 def _generation(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pagefork.kernels.kv_cache import copy_blocks
 from pagefork.kernels.similarity import write_states
+from pagefork.kernels.upload import upload_index
 from pagefork.scheduler.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 _CPU_MOST = 4 << 30  # bytes taken unasked on a CPU, whose memory others need as well
 _CPU_SHARE = 0.5  # of the memory available there
-_CUDA_SHARE = 0.9  # of the memory free once the model is loaded; the rest is for activations
 
 
 class KVCache:
@@ -70,10 +70,15 @@ class KVCache:
         if blocks.numel():
             self.k.index_fill_(1, blocks, 0)
 
+    def zero(self, count: int) -> None:
+        """The first `count` blocks hold zeros, not what memory held."""
+        self.k[:, :count].zero_()
+        self.v[:, :count].zero_()
+
     def copy_blocks(self, src: NDArray[np.int32], dst: NDArray[np.int32]) -> None:
         """Copies whole blocks in every layer; all sources are read before a destination is written."""
         if len(src):
-            read, written = (torch.from_numpy(np.asarray(blocks, np.int64)).to(self.device) for blocks in (src, dst))
+            read, written = upload_index(np.stack((src, dst)), self.device)
             copy_blocks(self.k, read, written)
             copy_blocks(self.v, read, written)
             if self.hidden is not None:
@@ -97,20 +102,14 @@ def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype, hidden
 
 
 def num_blocks_for(
-    memory: int | None,
-    config: ModelConfig,
-    block_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    hidden_states: bool = False,
+    memory: int | None, config: ModelConfig, block_size: int, dtype: torch.dtype, hidden_states: bool = False
 ) -> int:
-    """How many blocks fit into `memory` bytes; None: a share of what is free on the device.
+    """How many blocks fit into `memory` bytes; None: those that a CPU's memory is asked for, see `cpu_share`.
 
-    Unasked that is 90 % on a GPU, and on a CPU half of the available memory but at most 4 GiB. Raises ConfigError if
-    not even two blocks fit.
+    Raises ConfigError if not even two blocks fit.
     """
     per_block = block_bytes(config, block_size, dtype, hidden_states)
-    blocks = (_free_share(device) if memory is None else memory) // per_block
+    blocks = (cpu_share() if memory is None else memory) // per_block
     if blocks < 2:
         given = "the free memory" if memory is None else f"kv_cache_memory={memory}"
         raise ConfigError(
@@ -119,9 +118,8 @@ def num_blocks_for(
     return blocks
 
 
-def _free_share(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * _CUDA_SHARE)
+def cpu_share() -> int:
+    """Bytes that a cache takes of a CPU's memory unasked: half of what is available, but at most 4 GiB."""
     return min(_CPU_MOST, int(_available() * _CPU_SHARE))
 
 

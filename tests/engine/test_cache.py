@@ -34,13 +34,13 @@ def test_the_cache_takes_the_bytes_that_it_says(config: ModelConfig, dtype: torc
 
 def test_memory_is_turned_into_whole_blocks(config: ModelConfig) -> None:
     size = block_bytes(config, 16, torch.float32)
-    assert num_blocks_for(10 * size + 1, config, 16, torch.float32, CPU) == 10
-    assert 2 <= num_blocks_for(None, config, 16, torch.float32, CPU) <= (4 << 30) // size
+    assert num_blocks_for(10 * size + 1, config, 16, torch.float32) == 10
+    assert 2 <= num_blocks_for(None, config, 16, torch.float32) <= (4 << 30) // size
 
 
 def test_a_cache_that_is_too_small_is_refused(config: ModelConfig) -> None:
     with pytest.raises(ConfigError, match=r"kv_cache_memory=100 is too small.*2"):
-        num_blocks_for(100, config, 16, torch.float32, CPU)
+        num_blocks_for(100, config, 16, torch.float32)
     with pytest.raises(ConfigError, match="at least 2 blocks"):
         KVCache(config, 1, 16, torch.float32, CPU)
 

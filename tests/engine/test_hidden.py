@@ -130,7 +130,7 @@ def test_pages_are_counted_and_copied_with_the_keys(tmp_path: Path) -> None:
     assert cache.nbytes == 7 * block_bytes(config, SIZE, torch.bfloat16, hidden_states=True)
     without, extra = block_bytes(config, SIZE, torch.bfloat16), cache.hidden.nbytes // 7
     assert extra == hidden_share(config) * without
-    assert num_blocks_for(10 * (without + extra), config, SIZE, torch.bfloat16, CPU, hidden_states=True) == 10
+    assert num_blocks_for(10 * (without + extra), config, SIZE, torch.bfloat16, hidden_states=True) == 10
     states = cache.hidden.normal_().clone()
     cache.copy_blocks(ints([1, 2]), ints([2, 3]))
     assert torch.equal(cache.hidden, states[[0, 1, 1, 2, 4, 5, 6]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import edit_json, make_checkpoint
 from support.feeding import Feeder
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pagefork.models.registry import load_model, load_outline
+from pagefork.models.weights import Weights
 from pagefork.scheduler.errors import ModelError
 
 CPU = torch.device("cpu")
@@ -57,6 +60,29 @@ def test_weights_are_cast_to_the_dtype_asked_for(tmp_path: Path) -> None:
     [logits] = Feeder(load_model(tmp_path, torch.bfloat16, CPU)).feed([(0, 0, PROMPT)])
     assert logits.dtype == torch.bfloat16
     assert (logits.float() - load(tmp_path)).abs().max() < 0.1 * load(tmp_path).abs().max()
+
+
+class Made(TorchDispatchMode):
+    """Notes the device and the dtype of every tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: list[tuple[str, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.kinds.append((out.device.type, out.dtype))
+        return out
+
+
+def test_weights_are_cast_where_they_go_and_not_copied_on_their_way(whole: Path) -> None:
+    """Another device casts as it stores, so the host makes no tensor but those of the mapped file."""
+    with Weights(whole) as weights, Made() as made:
+        taken = weights.take(Q, torch.bfloat16, torch.device("meta"))
+    assert (taken.device.type, taken.dtype) == ("meta", torch.bfloat16)
+    assert [kind for kind in made.kinds if kind[1] == torch.bfloat16] == [("meta", torch.bfloat16)]
+    assert ("meta", torch.float32) in made.kinds
 
 
 def test_harmless_left_overs_are_let_pass(tmp_path: Path) -> None:
