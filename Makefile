@@ -24,7 +24,7 @@ test: $(READY)  ## run the tests, side by side on up to four cores
 	@OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-long: $(READY)  ## run the tests that take minutes
-	@$(RUN) -m pytest -m long
+	@$(RUN) -m pytest -m 'long and not gpu'
 
 test-gpu: $(READY)  ## run the tests that need a CUDA device
 	@$(RUN) -m pytest -m gpu
@@ -32,7 +32,7 @@ test-gpu: $(READY)  ## run the tests that need a CUDA device
 # Where torch for CUDA is installed already and there is no index: make gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(RUN)
 GPU_OUTPUT ?= benchmarks/results
-gpu: $(if $(filter $(RUN),$(GPU_PYTHON)),$(READY))  ## on a CUDA device: its tests and the kernels' benchmarks, within 8 minutes
+gpu: $(if $(filter $(RUN),$(GPU_PYTHON)),$(READY))  ## on a CUDA device: its tests and the benchmarks of engine and kernels, within 8 minutes
 	@$(GPU_PYTHON) benchmarks/gpu.py --output '$(GPU_OUTPUT)'
 
 planted-bugs: $(READY)  ## plant bugs in scheduler, service and gateway, one at a time: does a test catch each?

@@ -24,7 +24,8 @@ SECONDS = 300  # that the tests of one bug may take
 class Bug(NamedTuple):
     """`old` becomes `new` in a file of scheduler/ or engine/; `tests` are to find that: files of tests, or a test of one.
 
-    part: scheduler or engine; its tests are those of tests/scheduler/ or tests/engine/.
+    part: scheduler or engine; its tests are those of tests/scheduler/ or tests/engine/. Or fused: a file of engine/, and tests of
+    tests/engine/fused/, in Triton's interpreter.
     """
 
     file: str
@@ -128,6 +129,9 @@ BUGS = {
     ),
     "a prompt is scored twice after a preemption": Bug(
         "scoring.py", "begin = max(start, group.scored)", "begin = start", "scoring state_machine"
+    ),
+    "searches wait while the next step is planned without them": Bug(
+        "scheduler.py", "if not self._flights or self._flights[-1].pipelined else 0", "", "ahead"
     ),
     # Edits and reads
     "a Finish is lost": Bug(
@@ -325,16 +329,64 @@ SERVICE_BUGS = {
         'if "*" in self._hosts and (',
         "http/refusals::test_the_host_has_to_be_one_of_this_server",
     ),
+    # Overlap
+    "results are left where nothing can be planned": Bug(
+        "core.py",
+        "(0 if plan is None else scheduler.ahead)",
+        "scheduler.ahead",
+        "overlap::test_a_step_returns_the_outputs_of_the_one_before_it",
+    ),
+    "an engine is idle while a step is computed": Bug(
+        "core.py",
+        "self._scheduler.has_unfinished or self._scheduler.in_flight > 0 or",
+        "self._scheduler.has_unfinished or",
+        "overlap::test_an_output_that_ends_unforeseen_is_out_before_the_step_that_was_begun_in_vain_is_over",
+    ),
+    "processors are forgotten while a step may call them": Bug(
+        "overlap.py",
+        "self._worker.put(partial(self._processors.forget, number))",
+        "self._processors.forget(number)",
+        "threaded_runner::test_processors_stay_known_until_the_plans_that_may_name_them_are_computed",
+    ),
+    "a thread takes all cores": Bug(
+        "overlap.py",
+        "torch.set_num_threads(threads)",
+        "pass",
+        "threaded_runner::test_the_thread_computes_with_as_many_of_torchs_threads_as_its_user",
+    ),
 }
+
+GRAPHS_SOUND = Bug("graph.py", "def run(self", "def ran(self", "graph_steps", "fused")
+GRAPH_BUGS = {
+    "what the host is told of block tables stays there": Bug(
+        "block_tables.py", "self.device.view(-1)[sent[0]] = sent[1].int()", "pass", "graph_steps"
+    ),
+    "the padding of a graph draws for a slot": Bug(
+        "fused_draw.py", "np.full(size, nobody, np.int32)", "np.full(size, nobody - 1, np.int32)", "graph_steps"
+    ),
+    "a graph draws for the next position": Bug(
+        "graph.py", "plan.rows.start[probes[0].at])", "plan.rows.start[probes[0].at] + 1)", "graph_steps"
+    ),
+    "what was read is fetched when the next step has overwritten it": Bug(
+        "pending.py",
+        "_Leaving(packed(self._columns, device)) if fused_on(device) else None",
+        "None",
+        "overlapped_graphs",
+    ),
+    "graphs write no hidden states": Bug(
+        "graph.py", "        self._cache.write_hidden(hidden, batch.blocks, batch.offsets)\n", "", "graph_steps"
+    ),
+}  # fmt: skip
 
 
 def main() -> None:
     words = sys.argv[1:]
     everything = BUGS | {name: bug._replace(part="engine") for name, bug in SERVICE_BUGS.items()}
+    everything |= {name: bug._replace(part="fused") for name, bug in GRAPH_BUGS.items()}
     chosen = {name: bug for name, bug in everything.items() if not words or any(word in name for word in words)}
     for bug in chosen.values():
         planted(bug)
-    for sound in (Bug("scheduler.py", "def schedule(self)", "def plan(self)", "scheduler"), SERVICE_SOUND):
+    for sound in (Bug("scheduler.py", "def schedule(self)", "def plan(self)", "scheduler"), SERVICE_SOUND, GRAPHS_SOUND):
         check_the_tests(sound, [bug for bug in chosen.values() if bug.part == sound.part])
     missed = 0
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -361,7 +413,7 @@ def caught(bug: Bug) -> str | None:
     """The first test that fails with the bug."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "pagefork"  # it is found before the installed one
-        if bug.part == "engine":
+        if bug.part != "scheduler":
             shutil.copytree(ROOT / "engine", package, ignore=shutil.ignore_patterns("__pycache__"))
             shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
             place = package
@@ -375,6 +427,7 @@ def caught(bug: Bug) -> str | None:
         command += ["--noconftest"] if bug.part == "scheduler" else []  # a conftest imports the engine
         command += [_path(bug.part, name) for name in bug.tests.split()]
         environment = {"PYTHONPATH": folder, "HYPOTHESIS_STORAGE_DIRECTORY": folder, "OMP_NUM_THREADS": "1"}
+        environment |= {"TRITON_INTERPRET": "1"} if bug.part == "fused" else {}
         try:
             done = subprocess.run(
                 command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=SECONDS, check=False
@@ -391,12 +444,12 @@ def _path(part: str, name: str) -> str:
     """Of the file that holds the tests `name`, or of the one test `name::test`."""
     file, colons, test = name.partition("::")
     folder, _, stem = file.removesuffix(".py").rpartition("/")
-    return str(ROOT / "tests" / part / folder / f"test_{stem}.py") + colons + test
+    return str(ROOT / "tests" / ("engine/fused" if part == "fused" else part) / folder / f"test_{stem}.py") + colons + test
 
 
 def planted(bug: Bug) -> str:
     """The file with the bug."""
-    source = (ROOT / bug.part / bug.file).read_text()
+    source = (ROOT / ("engine" if bug.part == "fused" else bug.part) / bug.file).read_text()
     if source.count(bug.old) != 1:
         raise SystemExit(f"{bug.file} has {source.count(bug.old)} places that read {bug.old!r}: plant the bug elsewhere")
     return source.replace(bug.old, bug.new)

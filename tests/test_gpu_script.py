@@ -57,7 +57,7 @@ def test_the_package_is_laid_out_by_links(tmp_path: Path) -> None:
     assert done.stdout.strip() == str(tmp_path / "pagefork" / "__init__.py"), done.stderr
 
 
-@pytest.mark.parametrize("script", ["gpu.py", "kernels/sample.py"])
+@pytest.mark.parametrize("script", ["gpu.py", "gpu_engine.py", "kernels/sample.py"])
 def test_without_a_device_a_line_says_so(script: str) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / script)], env=environment, capture_output=True, text=True)

@@ -18,7 +18,7 @@ def test_tensors_of_all_kinds_keep_their_values_types_and_shapes() -> None:
         torch.tensor([-torch.inf, torch.nan, -0.0]),
         torch.arange(3),
     ]
-    found = unpacked(packed(tensors).numpy(), tensors)
+    found = unpacked(packed(tensors, torch.device("cpu")).numpy(), tensors)
     for array, tensor in zip(found, tensors, strict=True):
         expected = tensor.numpy()
         assert array.dtype == expected.dtype

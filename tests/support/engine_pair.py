@@ -1,4 +1,7 @@
-"""Two engines of which one reads logits by the fused kernels and one in torch: what both generate must be the same."""
+"""Two engines of which one reads logits by the fused kernels and one in torch: what both generate must be the same.
+
+The layers of both run in torch: tests of read-outs need not wait for those in the interpreter.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 
 from pagefork import LLM, CompletionOutput, RequestOutput
 from pagefork.scheduler.params import CommonParams
-from support.kernels import torch_reads
+from support.kernels import torch_layers, torch_reads
 
 
 class Pair:
@@ -18,13 +21,16 @@ class Pair:
 
     def __init__(self, device: torch.device, **settings: Any) -> None:
         settings = {"dtype": "float32", "num_blocks": 200, "max_num_seqs": 40, "device": device.type, **settings}
-        self.fused = LLM("demo", **settings)
-        with torch_reads():
-            self.torch = LLM("demo", **settings)
+        settings["cuda_graphs"] = False
+        with torch_layers():
+            self.fused = LLM("demo", **settings)
+            with torch_reads():
+                self.torch = LLM("demo", **settings)
 
     def agree(self, prompts: Sequence[str], params: Sequence[CommonParams]) -> list[RequestOutput]:
         """What both generate, the same to the token."""
-        found, expected = (llm.generate(list(prompts), list(params), use_tqdm=False) for llm in (self.fused, self.torch))
+        with torch_layers():
+            found, expected = (llm.generate(list(prompts), list(params), use_tqdm=False) for llm in (self.fused, self.torch))
         for one, other in zip(found, expected, strict=True):
             assert one.error is None and other.error is None
             assert [shown(output) for output in one.outputs] == [shown(output) for output in other.outputs]

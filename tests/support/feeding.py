@@ -33,6 +33,6 @@ class Feeder:
         flat = ints([token for row in tokens for token in row])
         offset = ints(np.cumsum([0, *map(len, tokens)]))
         plan = Rows(ints(slots), ints(starts), offset, flat, np.empty((0, 3), np.int32))
-        batch = build_batch(plan, self.tables, torch.from_numpy(flat).long(), self.model.config, self.cache, self.batch_invariant)
+        batch = build_batch(plan, self.tables, self.model.config, self.cache, batch_invariant=self.batch_invariant)
         hidden = self.model.forward(batch, self.cache)
         return list(self.model.logits(hidden[: len(flat)]).split([len(row) for row in tokens]))

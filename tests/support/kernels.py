@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 import pytest
 import torch
 
+from pagefork.kernels import attention_tasks
 from pagefork.kernels._triton import INTERPRETED
+from pagefork.kernels.task_attention import TaskIndex
+
+# Who decides whether the layers of a model run as kernels, or attention walks tables on the device.
+_KERNELS = ("kv_cache", "rms_norm", "rope", "rope_write", "silu_mul")
+_LAYERS = ("batch", "block_tables", *(f"kernels.{name}" for name in _KERNELS))
 
 
 def need_a_gpu(items: list[pytest.Item]) -> None:
@@ -32,4 +39,27 @@ def torch_reads() -> Iterator[None]:
     """Samplers made here read logits in torch, wherever they are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pagefork.sampler.fused", lambda x: False)
+        yield
+
+
+@contextmanager
+def torch_layers() -> Iterator[None]:
+    """Models that are made and run here compute their layers in torch, wherever they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _LAYERS:
+            module = import_module(f"pagefork.{name}")
+            for decides in {"fused", "fused_on"} & set(vars(module)):
+                patch.setattr(module, decides, lambda where: False)
+        yield
+
+
+@contextmanager
+def small_tasks(split: int = 8, whole: int = 20) -> Iterator[None]:
+    """Attention is cut into many tasks where kernels are interpreted: of `split` keys, and whole rows of 10 tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:
+            patch.setitem(attention_tasks.plan_tasks.__kwdefaults__, "split", split)
+            patch.setattr(attention_tasks, "_WHOLE_HEIGHT", whole)
+            patch.setattr(TaskIndex.__init__, "__defaults__", (split,))
+            patch.setattr("pagefork.graph.SPLIT", split)
         yield

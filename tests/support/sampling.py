@@ -58,7 +58,7 @@ def read_probe(
 ) -> Reads:
     """What the sampler finds; entry i reads row i of the logits where `row` does not say otherwise."""
     rows = np.arange(len(asked.slot)) if row is None else np.array(row)
-    return Fetch([sampler.read(logits, asked, rows, np.array(position))]).reads()[0]
+    return Fetch([sampler.read(logits, asked, rows, np.array(position))], logits.device).reads()[0]
 
 
 def opened(

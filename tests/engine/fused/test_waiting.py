@@ -43,10 +43,17 @@ def test_a_step_is_launched_without_waiting(device: torch.device) -> None:
     for target in (0, 1):  # given tokens inside of prompts are read in torch where penalties count
         built[target] = Spec(prompt_len=1, temperature=0.7, top_p=0.8, processed=True, logit_bias=((3, 2.0),))
     sampler, logits = opened(built, histories, vocab=VOCAB, device=device), logits.to(device)
-    Fetch(step(sampler, built, logits, 15)).reads()  # compiles kernels
+    Fetch(step(sampler, built, logits, 15), logits.device).reads()  # compiles kernels
     with no_waiting(device):
-        fetch = Fetch(step(sampler, built, logits, 16))
+        fetch = Fetch(step(sampler, built, logits, 16), logits.device)
     assert [read.bad.any() for read in fetch.reads()] == [False] * len(PROBES)
+
+
+def test_a_step_of_which_nothing_is_asked_is_waited_for(device: torch.device) -> None:
+    """Its event comes after all that was launched before it."""
+    with no_waiting(device):
+        fetch = Fetch([], device)
+    assert fetch.reads() == []
 
 
 @pytest.mark.parametrize("ask", [lambda x: x.item(), lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: bool(x.any())])
