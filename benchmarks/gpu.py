@@ -1,19 +1,23 @@
-"""Run everything that needs a CUDA device, within minutes: the tests marked `gpu`, then the benchmarks of the kernels.
+"""Run everything that needs a CUDA device, within minutes: the tests marked `gpu`, then the benchmarks of engine and kernels.
 
     make gpu [GPU_PYTHON=python3] [GPU_OUTPUT=DIR]
     python benchmarks/gpu.py [--output DIR --seconds 460 --only sample ...]
 
-A part that fails or runs out of its time does not stop the others. Writes three files: gpu.json with the cases of all
-benchmarks, gpu.png that draws them, and gpu.log with all that was printed. Where `pagefork` is not installed it is laid
-out by links in a temporary folder. Exit status: 0, all is well; 1, a part failed; 3, no CUDA device; 4, a package is missing.
+A part that fails or runs out of its time does not stop the others. Writes four files: gpu.json with the cases of all
+benchmarks, gpu_engine.png and gpu.png that draw those of the engine and of the kernels, and gpu.log with all that was
+printed. Where `pagefork` is not installed it is laid out by links in a temporary folder. Exit status: 0, all is well; 1, a
+part failed; 3, no CUDA device; 4, a package is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,23 +37,31 @@ NEEDED = {
 }
 NO_DEVICE, NO_PACKAGE = 3, 4
 LEAST = 5.0  # seconds; a part that has less left does not begin
-GRACE = 25.0  # seconds that a benchmark may take beyond its share to end the case at hand
+GRACE = 10.0  # seconds that a benchmark may take beyond its share to end the case at hand
+DYING = 5.0  # seconds for a part that is told to end
+SOAK_SECONDS = 45
+SOAK = ROOT / "tests/engine/fused/test_gpu_soak.py"
 
 
 class Part(NamedTuple):
-    """name: "tests", or a script of benchmarks/kernels; share: of the time that is left for it and what follows."""
+    """share: of the time that is left for it and what follows; script: of benchmarks/, None for tests."""
 
     name: str
     share: float
+    script: str | None = None
 
 
 PARTS = (
-    Part("tests", 0.45),
-    Part("sample", 0.45),
-    Part("top_logprobs", 0.3),
-    Part("beam_merge", 0.4),
-    Part("similarity", 0.5),
-    Part("copy_blocks", 1.0),
+    Part("tests", 0.25),
+    Part("gpu_engine", 0.52, "gpu_engine.py"),
+    Part("soak", 0.38),
+    Part("attention", 0.22, "kernels/attention.py"),
+    Part("layers", 0.2, "kernels/layers.py"),
+    Part("sample", 0.22, "kernels/sample.py"),
+    Part("top_logprobs", 0.22, "kernels/top_logprobs.py"),
+    Part("beam_merge", 0.3, "kernels/beam_merge.py"),
+    Part("similarity", 0.5, "kernels/similarity.py"),
+    Part("copy_blocks", 1.0, "kernels/copy_blocks.py"),
 )
 
 
@@ -67,22 +79,14 @@ class Outcome(NamedTuple):
 
 def command(part: Part, seconds: float, folder: Path) -> list[str]:
     """What runs a part that has so many seconds. Benchmarks write into `folder`."""
-    if part.name == "tests":
-        side_by_side = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-        return [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            "gpu",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            *side_by_side,
-            *gpu_tests(ROOT / "tests"),
-        ]
-    script = ROOT / "benchmarks/kernels" / f"{part.name}.py"
-    return [sys.executable, str(script), "--seconds", f"{max(0.0, seconds - GRACE):.0f}", "--output", str(folder)]
+    if part.script is not None:
+        script = str(ROOT / "benchmarks" / part.script)
+        return [sys.executable, script, "--seconds", f"{max(LEAST, seconds - GRACE):.0f}", "--output", str(folder)]
+    pytest = [sys.executable, "-m", "pytest", "-m", "gpu and not long", "-q", "-p", "no:cacheprovider"]
+    if part.name == "soak":
+        return [*pytest, str(SOAK)]
+    side_by_side = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    return [*pytest, *side_by_side, "--ignore", str(SOAK), *gpu_tests(ROOT / "tests")]
 
 
 def gpu_tests(tests: Path) -> list[str]:
@@ -108,11 +112,20 @@ def run(part: Part, seconds: float, folder: Path, environment: dict[str, str]) -
             status: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
             status = None
-            os.killpg(process.pid, 9)
-            process.wait()
+            stop(process)
     text = said.read_text(errors="replace")
     print(f"== {part.name}\n{text}", flush=True)
     return Outcome(part.name, status, time.monotonic() - start, text)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Tells a process and those that it started to end, and kills what does not."""
+    os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(DYING)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def run_all(parts: Sequence[Part], seconds: float, folder: Path, environment: dict[str, str]) -> list[Outcome]:
@@ -126,10 +139,11 @@ def run_all(parts: Sequence[Part], seconds: float, folder: Path, environment: di
 
 
 def collected(folder: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """One result of all benchmarks that wrote one, and how the parts ended."""
+    """One result of all benchmarks that wrote one, those of kernels in a list, and how the parts ended."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("kernel_*.json"))]
     parts = [{"name": outcome.name, "status": outcome.status, "seconds": round(outcome.seconds, 1)} for outcome in outcomes]
-    return {"parts": parts, "results": results}
+    engine = folder / "gpu_engine.json"
+    return {"parts": parts, "engine": json.loads(engine.read_text()) if engine.exists() else None, "results": results}
 
 
 def missing() -> list[str]:
@@ -147,7 +161,7 @@ def lay_out(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the three files")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the four files")
     parser.add_argument("--seconds", type=float, default=460, help="for all parts together")
     parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="these parts alone")
     args = parser.parse_args()
@@ -162,13 +176,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        environment |= {"PYTHONUNBUFFERED": "1", "TRITON_CACHE_DIR": str(folder / "cache")}
+        environment |= {"PYTHONUNBUFFERED": "1", "TRITON_CACHE_DIR": str(folder / "cache"), "SOAK_SECONDS": str(SOAK_SECONDS)}
         if importlib.util.find_spec("pagefork") is None:
             lay_out(folder)
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
         parts = [part for part in PARTS if args.only is None or part.name in args.only]
         outcomes = run_all(parts, args.seconds, folder, environment)
         write(args.output, collected(folder, outcomes), outcomes)
+        if (folder / "gpu_engine.png").exists():
+            shutil.copy(folder / "gpu_engine.png", args.output)
     print("== summary", *outcomes, sep="\n")
     sys.exit(any(outcome.status != 0 for outcome in outcomes))
 
