@@ -134,7 +134,7 @@ def join(parts: Sequence[Any], counts: list[int]) -> Any:
         return Samples(0, [part.token[i] for part, i in at], [part.logp[i] for part, i in at], [part.rank[i] for part, i in at])
     begins = np.cumsum([0, *counts]).tolist()
     if isinstance(parts[0], Merged):
-        whole = Merged([], [], [], [], None if parts[0].rank is None else [])
+        whole = Merged([], [], [], [], None if any(part.rank is None for part in parts) else [])
         for part, begin in zip(parts, begins, strict=False):
             whole.parent += [-1 if parent < 0 else parent + begin for parent in part.parent]
             whole.token += part.token
@@ -150,9 +150,14 @@ def join(parts: Sequence[Any], counts: list[int]) -> Any:
 
 
 def joined(parts: Sequence[Reads]) -> Reads:
-    """The entries of several Reads, one after another."""
+    """The entries of several Reads, one after another.
+
+    A column that some lack is left out: a neighbour in the step of the others asked for it.
+    """
     columns = {name: [getattr(part, name) for part in parts] for name in ("bad", *_FIELDS)}
-    arrays: dict[str, Any] = {name: None if column[0] is None else np.concatenate(column) for name, column in columns.items()}
+    arrays: dict[str, Any] = {
+        name: None if any(part is None for part in column) else np.concatenate(column) for name, column in columns.items()
+    }
     begin, why = 0, {}
     for part in parts:
         why.update({begin + index: text for index, text in part.why.items()})
