@@ -47,7 +47,7 @@ def test_what_is_uploaded_says_what_a_loop_over_the_rows_would(padded: int) -> N
     assert views["count"].tolist() == [len(tasks.records) for tasks in step.tasks.values()]
     for i, tasks in enumerate(step.tasks.values()):
         np.testing.assert_array_equal(views[f"records{i}"].numpy(), tasks.records)
-        np.testing.assert_array_equal(views[f"part{i}"].numpy(), [*tasks.part, *[tasks.part[-1]] * (padded - 21)])
+        np.testing.assert_array_equal(views[f"part{i}"].numpy(), [*tasks.part, *[-1] * (padded - 21)])
 
 
 def test_fewer_records_than_there_is_room_for_leave_the_rest_as_it_was() -> None:
