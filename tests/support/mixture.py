@@ -50,7 +50,7 @@ def some_requests(rng: random.Random, count: int, longest: int, new: int) -> dic
         kind = rng.choice(SAMPLED if rng.random() < 0.4 else list(STRATEGIES))
         params = STRATEGIES[kind](max_tokens=rng.randint(1, new), ignore_eos=rng.random() < 0.5, **SMALL.get(kind, {}))
         if isinstance(params, SamplingParams):
-            params = params.replace(**(rng.choice(OWN) if rng.random() < 0.5 else {}))
+            params = params.replace(seed=i, **(rng.choice(OWN) if rng.random() < 0.5 else {}))
         found[f"{i} {kind}"] = Asked(prompt, params)
     return found
 
