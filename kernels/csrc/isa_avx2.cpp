@@ -1,0 +1,24 @@
+#if defined(__x86_64__)
+// Standard headers come first: what they define is for any machine.
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi2"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,bmi2")
+#endif
+
+#define PF_ISA avx2
+#define PF_TABLE avx2_kernels
+#define PF_AVX2 1
+#define PF_BF16_DOT 0
+#include "kernels.inc"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

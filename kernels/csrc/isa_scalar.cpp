@@ -1,0 +1,8 @@
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#define PF_ISA scalar
+#define PF_TABLE scalar_kernels
+#define PF_BF16_DOT 0
+#include "kernels.inc"
