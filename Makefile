@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-gpu gpu planted-bugs lint format tables docs wheel bench clean
+.PHONY: help demo test test-long test-gpu gpu planted-bugs lint format tables docs wheel bench compare growth clean
 export PYTHONSAFEPATH := 1
 
 VENV := .venv
@@ -64,11 +64,17 @@ wheel: $(READY)  ## build the wheel into dist/
 bench: $(READY)  ## compare the throughput with transformers; takes minutes
 	$(RUN) benchmarks/throughput.py
 
+compare: $(READY)  ## compare with llama.cpp, OpenVINO, vLLM, CTranslate2 and transformers on a CPU; installs them, then takes half an hour
+	$(RUN) benchmarks/compare.py
+
+growth: $(READY)  ## measure how rates, times and memory grow with batch, context, beams, ...; takes ten minutes
+	$(RUN) benchmarks/growth.py
+
 clean:  ## remove what was made, but for the environment in .venv
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find engine kernels scheduler tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt $(wildcard kernels/csrc/*.h kernels/csrc/*.inc kernels/csrc/*.cpp)
 	@'$(PYTHON)' -c '$(SUPPORTED)' 2>/dev/null || { echo "Pagefork needs Python 3.11 or newer with venv and pip," \
 		"found '$(PYTHON)'; name one by: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@echo "Installing into $(VENV) by $(PYTHON); this takes a few minutes."

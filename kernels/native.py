@@ -21,13 +21,13 @@ def library() -> ctypes.CDLL | None:
     """The library, or None: switched off, not built, or not to be loaded here."""
     if os.environ.get("PAGEFORK_NATIVE") == "off":
         return None
-    found = sorted(Path(__file__).parent.glob("_native*.so"))
-    if not found:
+    built = max((Path(__file__).parent / "csrc").glob("_native*.so"), key=lambda path: path.stat().st_mtime, default=None)
+    if built is None:
         return None
     import torch  # noqa: F401  # its OpenMP runtime, whose threads the library computes on
 
     try:
-        lib = ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_LOCAL)
+        lib = ctypes.CDLL(str(built), mode=ctypes.RTLD_LOCAL)
     except OSError as error:
         logger.warning("the native library can't be loaded, torch computes instead: %s", error)
         return None

@@ -9,9 +9,12 @@ share a KV head (GQA). Rows mix freely: one new token, a chunk of a prompt, a wh
 values of this step's tokens already. `index_attention` works out once per step where everything is; `paged_attention`
 is called once per layer.
 
+On a CPU the native library does it in place (`native_attention.py`), in bfloat16 and float32, and bits depend on nothing but
+a token's query and what it sees. Elsewhere torch does.
+
 Rows of few keys in all (one decoded token, above all) are cut into items (`attention_items.py`). Longer rows go through
 torch's attention (`attention_sdpa.py`); where that can't serve or batches must not change bits, through tiles that
-compute what items do (`attention_tiles.py`). Blocks of keys are read whole, so what lies behind a block's last key must be
+compute what items do (`attention_tiles.py`). torch reads blocks of keys whole, so what lies behind a block's last key must be
 finite; of values only those that are seen are read, and in longer rows those of the same row behind them.
 """
 
@@ -20,6 +23,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -29,6 +33,7 @@ from torch import Tensor
 from .attention_items import Items, Score, attend_items, index_items, whole_blocks
 from .attention_sdpa import attend_sdpa, index_band
 from .attention_tiles import TILE_SIZES, Chunk, attend_chunk, index_chunk, split_size
+from .native_attention import NativeIndex, attend_native, index_native, native_attention
 from .scratch import Scratch
 from .task_attention import TaskIndex, attend_tasks
 
@@ -51,6 +56,9 @@ class AttentionIndex:
     scratch: Scratch
 
 
+Index: TypeAlias = AttentionIndex | NativeIndex | TaskIndex
+
+
 def index_attention(
     tables: NDArray[np.int32],
     start: NDArray[np.int32],
@@ -64,7 +72,7 @@ def index_attention(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     batch_invariant: bool = False,
-) -> AttentionIndex:
+) -> AttentionIndex | NativeIndex:
     """The index of R rows: row r has the length[r] tokens at positions start[r], start[r] + 1, ...
 
     tables: int32 [R, columns], the blocks of each row; start, length: int32 [R]; length >= 1. `dtype` is that of the
@@ -78,9 +86,43 @@ def index_attention(
         raise ValueError(f"a window has at least one token; given {window}")
     if len(length) and (length.min() < 1 or (start + length).max() > tables.shape[1] * block_size):
         raise ValueError(f"rows need at least one token and at most {tables.shape[1]} blocks of {block_size}")
+    device = torch.device(device)
+    if native_attention(dtype, device):
+        return index_native(
+            tables, start, length, heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, window=window
+        )
+    return index_torch(
+        tables,
+        start,
+        length,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        window=window,
+        dtype=dtype,
+        device=device,
+        batch_invariant=batch_invariant,
+    )
+
+
+def index_torch(
+    tables: NDArray[np.int32],
+    start: NDArray[np.int32],
+    length: NDArray[np.int32],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_invariant: bool,
+) -> AttentionIndex:
+    """The index by which torch attends; arguments as those of `index_attention`, which has checked them."""
     first = np.concatenate(([0], np.cumsum(length, dtype=np.int64)))
     small = (length == 1) | (length.astype(np.int64) * (start + length) <= _SMALL[batch_invariant])
-    device = torch.device(device)
     if batch_invariant and not small.all():
         sizes = (heads, kv_heads, head_dim, block_size)
         small |= device.type != "cpu" or not tiles_equal_items(*sizes, dtype, torch.get_num_threads())
@@ -115,7 +157,7 @@ def paged_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    index: AttentionIndex | TaskIndex,
+    index: Index,
     scale: float,
     *,
     softcap: float | None = None,
@@ -142,6 +184,8 @@ def paged_attention(
         raise ValueError(f"sinks are one per query head, [{heads}]; given {list(sinks.shape)}")
     if isinstance(index, TaskIndex):
         return attend_tasks(q, k_cache, v_cache, index, scale, softcap=softcap, sinks=sinks)
+    if isinstance(index, NativeIndex):
+        return attend_native(q, k_cache, v_cache, index, scale, softcap, sinks)
     score = Score(scale, softcap, None if sinks is None else sinks.float())
     items = index.items
     if items is not None and items.flat.numel() == n:

@@ -1,14 +1,23 @@
 #if defined(__x86_64__)
-// Standard headers come first: what they define is for any machine.
+// Headers come first: what they define outside of namespaces of ours is shared, so it must run on any machine.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include <immintrin.h>
+
+#include "table.h"
+#include "threads.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi2"))), apply_to = function)
 #else
+// gcc before 13 takes the undefined operands in its own headers for mistakes.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi2")
 #endif
 

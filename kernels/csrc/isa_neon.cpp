@@ -1,7 +1,10 @@
 #if defined(__aarch64__)
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #define PF_ISA neon
 #define PF_TABLE neon_kernels

@@ -1,6 +1,9 @@
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #define PF_ISA scalar
 #define PF_TABLE scalar_kernels

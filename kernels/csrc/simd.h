@@ -26,6 +26,7 @@ inline float widen(bf16 x) {
 }
 
 inline float widen(float x) { return x; }
+inline float widen(int8_t x) { return x; }
 
 // Rounds to the nearest, ties to even; NaN stays NaN.
 inline bf16 narrow_bf16(float x) {

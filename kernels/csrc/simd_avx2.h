@@ -17,6 +17,7 @@ inline V min(V a, V b) { return _mm256_min_ps(a, b); }
 inline V load(const bf16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
+inline V load(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
 inline void store(bf16* p, V x) {
   __m256i bits = _mm256_castps_si256(x);
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -66,3 +67,33 @@ inline V power_of_two(V n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 inline V keep_from(V y, V x, float bound) { return _mm256_and_ps(_mm256_cmp_ps(x, splat(bound), _CMP_NLT_UQ), y); }
+inline V even(const bf16* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16)); }
+inline V odd(const bf16* p) {
+  __m256i pairs = _mm256_loadu_si256((const __m256i*)p);
+  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
+}
+inline V even(const int8_t* p) {
+  __m256i pairs = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)p));
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, 24), 24));
+}
+inline V odd(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)p)), 8));
+}
+inline V broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+inline V broadcast(const bf16* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16(short(p->bits)), 16)); }
+
+using W = __m256d;
+inline W no_sums() { return _mm256_setzero_pd(); }
+inline W add(W sums, V x) {
+  __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(x)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+  return _mm256_add_pd(sums, _mm256_add_pd(low, high));
+}
+inline double sum(W sums) {
+  __m128d half = _mm_add_pd(_mm256_castpd256_pd128(sums), _mm256_extractf128_pd(sums, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+}
+inline uint32_t larger(V a, V b) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ))); }
+inline bool any_nan(V x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)) != 0; }
+inline V scaled(V y, V t) {
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), _mm256_slli_epi32(_mm256_castps_si256(t), 23)));
+}

@@ -18,6 +18,7 @@ inline V load(const bf16* p) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+inline V load(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 inline void store(bf16* p, V x) {
 #if PF_BF16_DOT
   _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
@@ -54,4 +55,50 @@ inline V power_of_two(V n) {
 // y where x is not below `bound` (NaN is not), else 0.
 inline V keep_from(V y, V x, float bound) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, splat(bound), _CMP_NLT_UQ), y);
+}
+
+// Of LANES pairs of inputs, the first of each and the second of each.
+inline V even(const bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+inline V odd(const bf16* p) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(int(0xffff0000))));
+}
+inline V even(const int8_t* p) {
+  __m512i pairs = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24));
+}
+inline V odd(const int8_t* p) {
+  __m512i pairs = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs, 8));
+}
+inline V broadcast(const float* p) { return _mm512_set1_ps(*p); }
+inline V broadcast(const bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16(short(p->bits)), 16)); }
+
+#if PF_BF16_DOT
+// Pairs of bfloat16, one per lane; `dot` adds the two products of each lane to a sum.
+using Pairs = __m512bh;
+inline Pairs load_pairs(const bf16* p) { return (Pairs)_mm512_loadu_si512(p); }
+inline Pairs load_pairs(const int8_t* p) { return _mm512_cvtne2ps_pbh(load(p + LANES), load(p)); }
+inline Pairs splat_pair(const bf16* p) {
+  int pair;
+  std::memcpy(&pair, p, 4);
+  return (Pairs)_mm512_set1_epi32(pair);
+}
+inline Pairs splat_single(const bf16* p) { return (Pairs)_mm512_set1_epi32(p->bits); }  // (*p, 0)
+inline V dot(V sum, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sum, a, b); }
+#endif
+
+// Sums in float64 of floats, some of them in each of its numbers.
+using W = __m512d;
+inline W no_sums() { return _mm512_setzero_pd(); }
+inline W add(W sums, V x) {
+  __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+  return _mm512_add_pd(sums, _mm512_add_pd(low, high));
+}
+inline double sum(W sums) { return _mm512_reduce_add_pd(sums); }
+// A bit for every lane whose a is larger.
+inline uint32_t larger(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+inline bool any_nan(V x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
+// y 2^n of t = 1.5 * 2^23 + n, where both y and the result are normal numbers.
+inline V scaled(V y, V t) {
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y), _mm512_slli_epi32(_mm512_castps_si512(t), 23)));
 }

@@ -70,6 +70,11 @@ class Pool {
 
 void give_way() { std::this_thread::yield(); }
 
+void* scratch() {
+  alignas(64) thread_local unsigned char memory[SCRATCH];
+  return memory;
+}
+
 void run_team(int threads, void (*fn)(void*, int, int), void* context) {
   Work work{fn, context, threads};
   if (GOMP_parallel && omp_get_thread_num && omp_get_num_threads) {

@@ -18,6 +18,10 @@ void give_way();  // lets another thread have the core
 // team may be smaller than asked for. It is that of the OpenMP runtime in this process, torch's, where there is one.
 void run_team(int threads, void (*fn)(void*, int, int), void* context);
 
+// Memory of the calling thread, on a cache line, for whatever it computes next.
+constexpr int64_t SCRATCH = 192 << 10;
+void* scratch();
+
 template <class Fn> void parallel(int threads, Fn fn) {
   if (threads <= 1) return fn(0, 1);
   run_team(threads, [](void* context, int thread, int count) { (*static_cast<Fn*>(context))(thread, count); }, &fn);

@@ -5,12 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pagefork.kernels import native_linear
 from pagefork.kernels.linear import MIN_ROWS, Linear, linear_backend
+from pagefork.kernels.native import library
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_linear, "library", lambda: None)
+
+
+@pytest.fixture(params=["native", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the native library, and without."""
+    if request.param == "torch":
+        without_library(monkeypatch)
+    elif library() is None:
+        pytest.skip("the native library is not built here")
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("out", "n"), [(96, 64), (33, 7), (1, 130)])
@@ -27,10 +43,11 @@ def test_equals_the_product_in_float64(out: int, n: int, bias: bool, dtype: torc
         assert (found.double() - expected).abs().max() <= max(2 * torch.finfo(dtype).eps, 1e-6) * expected.abs().max()
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("out", "n"), [(576, 1536), (960, 576), (2048, 1024), (50, 70)])
 def test_the_bits_of_a_row_do_not_depend_on_how_many_rows_there_are(out: int, n: int, dtype: torch.dtype) -> None:
-    if linear_backend(dtype, CPU) != "onednn-packed":
+    if linear_backend(dtype, CPU) == "torch":
         pytest.skip("plain torch promises nothing of the kind")
     torch.manual_seed(n)
     layer, x = Linear(torch.randn(out, n).to(dtype)), torch.randn(2048, n).to(dtype)
@@ -46,15 +63,20 @@ def test_strided_rows_are_taken_as_they_are() -> None:
     torch.testing.assert_close(layer(wide[::2, 40:]), layer(wide[::2, 40:].contiguous()))
 
 
-def test_the_path_is_named() -> None:
-    packs = torch.backends.mkldnn.is_available()
-    assert linear_backend(torch.float32, CPU) == ("onednn-packed" if packs else "torch")
+def test_the_path_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    if library() is not None:
+        assert {linear_backend(torch.bfloat16, CPU, quantization) for quantization in (None, "int8")} == {"native"}
     assert linear_backend(torch.float16, CPU) == "torch"
     assert linear_backend(torch.bfloat16, torch.device("cuda")) == "torch"
+    without_library(monkeypatch)
+    packs = torch.backends.mkldnn.is_available()
+    assert linear_backend(torch.float32, CPU) == ("onednn-packed" if packs else "torch")
+    assert linear_backend(torch.float32, CPU, "int8") == "torch"
 
 
 @pytest.mark.filterwarnings("ignore:TF32")
-def test_without_onednn_plain_torch_computes_the_same() -> None:
+def test_without_onednn_plain_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_library(monkeypatch)
     weight, x = torch.randn(12, 20), torch.randn(6, 20)
     with torch.backends.mkldnn.flags(enabled=False):
         assert linear_backend(torch.float32, CPU) == "torch"
