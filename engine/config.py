@@ -36,6 +36,13 @@ class EngineConfig(Checked, frozen=True, kw_only=True):
         Literal["auto", "float32", "bfloat16", "float16"],
         Meta(description="Of weights, activations and cache; auto: the checkpoint's"),
     ] = "auto"
+    quantization: (
+        Annotated[
+            Literal["int8"],
+            Meta(description="Hold the weights of linear layers and of the head in 8 bits, on a CPU; None: in the dtype"),
+        ]
+        | None
+    ) = None
     model_impl: Annotated[
         Literal["auto", "native", "transformers"],
         Meta(description="Whose modelling code runs; auto: ours for the families it covers, else that of transformers"),
@@ -67,7 +74,10 @@ class EngineConfig(Checked, frozen=True, kw_only=True):
     ] = "fcfs"
     batch_invariant: Annotated[
         bool | None,
-        Meta(description="Bit-identical logits of a sequence in any batch, chunked, resumed or on a prefix hit; None: no"),
+        Meta(
+            description="Bit-identical logits of a sequence in any batch, chunked, resumed or on a prefix hit; "
+            "None: where that costs nothing, natively on a CPU"
+        ),
     ] = None
     cuda_graphs: Annotated[
         bool | None,

@@ -60,8 +60,8 @@ def chat(
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # a pipe or a file, whatever the locale
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    from pagefork import LLMEngine
     from pagefork.cli.conversation import Conversation
-    from pagefork.core import LLMEngine
 
     loaded = LLMEngine(config)
     sampling = loaded.default_params().replace(**{"max_tokens": None, **PRESETS.get(preset or "", {}), **params})

@@ -28,7 +28,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other texts")] = 0,
 ) -> None:
     """Complete four Python prompts, each forked into two outputs, in one batch on the demo model."""
-    from pagefork.core import LLMEngine
+    from pagefork import LLMEngine
 
     params = SamplingParams(n=OUTPUTS, temperature=0.7, top_p=0.95, max_tokens=max_tokens, ignore_eos=True)
     engine = LLMEngine(EngineConfig(model="demo", seed=seed))

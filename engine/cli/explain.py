@@ -67,8 +67,8 @@ def explain(
         _check_next(params, {"--depth": depth, "--html": html, "--value-fn": value_fn})
         sampling = sampling_params(preset, {**params, "max_tokens": None})
         config = engine_config(engine)
+        from pagefork import LLMEngine
         from pagefork.cli.next_token import show_next_token
-        from pagefork.core import LLMEngine
 
         given = sampling if params or preset is not None else None
         show_next_token(LLMEngine(config), next, given, top or TOP_OF_NEXT, json=json)
@@ -79,9 +79,9 @@ def explain(
         raise InvalidRequestError(f"--depth limits the tree of mcts, and --strategy is {strategy}")
     chosen = strategy_params(strategy, {**DEFAULT_PARAMS, **params, "trace": True}, preset, value_fn, prompt)
     config = engine_config(engine, chosen)
+    from pagefork import LLMEngine
     from pagefork.cli.load import check_writable
     from pagefork.cli.search import Shown, show_search
-    from pagefork.core import LLMEngine
 
     check_writable(html, "html")
     shown = Shown(top=top or TOP_OF_SEARCH, depth=depth or DEPTH, json=json, html=html)

@@ -142,7 +142,7 @@ def _flag(key: str, group: str, fields: tuple[Field, ...], option: dict[str, Any
         [item] = get_args(kind)
         kind = list[get_args(item)[0] if get_origin(item) is Annotated else item]  # type: ignore[misc]
     elif get_origin(kind) is Literal:
-        values = {str(value).lower(): value for value in get_args(kind)}
+        values = {str(value).lower(): value for value in (*get_args(kind), *([None] if optional else []))}
         kind, convert = Literal[*values], values.__getitem__
     elif kind in (int, float) and optional:
         option |= {"parser": _number_or_none(kind), "metavar": f"{'INTEGER' if kind is int else 'FLOAT'}|none"}

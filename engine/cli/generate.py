@@ -54,7 +54,7 @@ def generate(
             raise InvalidRequestError(f"--{flag} asks for what only --json prints: add --json, or leave --{flag} out")
     config = engine_config(engine, chosen)
     view = choose_view(texts, getattr(chosen, "n", 1), json=json, scored=isinstance(chosen, BeamSearchParams))
-    from pagefork.core import LLMEngine
+    from pagefork import LLMEngine
 
     run(LLMEngine(config), texts, batch, view)
 

@@ -20,7 +20,7 @@ def info(
 ) -> None:
     """Load a model and tell its size, its memory, its cache blocks and the device that runs it."""
     config = EngineConfig(**{**DEFAULT_ENGINE, **engine})
-    from pagefork.core import LLMEngine
+    from pagefork import LLMEngine
 
     facts = LLMEngine(config).info()
     if json:

@@ -47,8 +47,8 @@ def latency(
     """
     wanted = LatencyLoad(**load)
     config = EngineConfig(**{**DEFAULT_ENGINE, **engine})
+    from pagefork import LLMEngine
     from pagefork.cli.load import check_writable, percentiles, random_work, run_batch, write_result
-    from pagefork.core import LLMEngine
 
     check_writable(output_json)
     llm = LLMEngine(config)

@@ -18,7 +18,7 @@ from pagefork.cli.fields import Field
 from pagefork.scheduler.errors import ConfigError
 
 PREFIX = "PAGEFORK_"
-_NO_FLAGS = {"PAGEFORK_CONFIG", "PAGEFORK_RUNTIME_DIR", "PAGEFORK_TOKEN", "PAGEFORK_API_KEY"}
+_NO_FLAGS = {"PAGEFORK_CONFIG", "PAGEFORK_RUNTIME_DIR", "PAGEFORK_TOKEN", "PAGEFORK_API_KEY", "PAGEFORK_NATIVE"}
 
 Settings = dict[str, Any]
 Fields = Mapping[str, tuple[Field, ...]]  # by flag; one that several Structs share has a field of each

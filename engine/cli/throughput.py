@@ -49,8 +49,8 @@ def throughput(
     """Time a batch of prompts, end tokens ignored; --seed makes the random ones too."""
     wanted = ThroughputLoad(**load)
     config = EngineConfig(**{**DEFAULT_ENGINE, **engine})
+    from pagefork import LLMEngine
     from pagefork.cli.load import check_writable, file_work, random_work, run_batch, write_result
-    from pagefork.core import LLMEngine
 
     check_writable(output_json)
     llm = LLMEngine(config)
