@@ -5,6 +5,7 @@ Importing it is cheap: torch is imported with the first name that needs it.
 
 from __future__ import annotations
 
+import gc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,13 @@ if not TYPE_CHECKING:  # a type checker would believe that every name exists
     def __getattr__(name: str) -> Any:
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        collects = gc.isenabled()
+        gc.disable()  # modules are no garbage, and going through all that torch made takes as long as importing ours
+        try:
+            value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        finally:
+            if collects:
+                gc.enable()
         return value
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from pagefork.kernels._triton import fused_on
 from pagefork.kernels.linear import padded_rows
-from pagefork.kernels.paged_attention import AttentionIndex, index_attention
+from pagefork.kernels.paged_attention import Index, index_attention
 from pagefork.kernels.task_attention import TaskIndex, workspace
 from pagefork.kernels.upload import staging, upload, upload_index
 from pagefork.scheduler.plan import LAST_TOKEN, Ints, Rows
@@ -23,19 +26,118 @@ if TYPE_CHECKING:
     from pagefork.models.config import ModelConfig
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """T tokens, padded to N rows so that linear layers give the same bits for any number of rows.
+class Batch(Protocol):
+    """T tokens, padded to N rows so that linear layers of torch give the same bits for any number of rows.
 
     W is T on a CPU; where kernels run it is N, and padding is written to block 0.
     """
 
-    tokens: Tensor  # int64 [N]
-    positions: Tensor  # int64 [N]
-    blocks: Tensor  # int64 or int32 [W] where keys and values are written
-    offsets: Tensor  # int64 or int32 [W] and where in the block
-    begun: Tensor  # int64, blocks that are begun in this step and not filled; none where no kernel reads what lies behind
-    attention: dict[int | None, AttentionIndex | TaskIndex]  # by sliding window
+    @property
+    def tokens(self) -> Tensor:
+        """int64 [N]"""
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [N]"""
+
+    @property
+    def blocks(self) -> Tensor:
+        """int64 or int32 [W] where keys and values are written."""
+
+    @property
+    def offsets(self) -> Tensor:
+        """int64 or int32 [W] and where in the block."""
+
+    @property
+    def begun(self) -> Tensor:
+        """int64, blocks that are begun in this step and not filled; none where no kernel reads what lies behind."""
+
+    @property
+    def attention(self) -> Mapping[int | None, Index]:
+        """By sliding window."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBatch:
+    """A Batch whose tensors are on a device."""
+
+    tokens: Tensor
+    positions: Tensor
+    blocks: Tensor
+    offsets: Tensor
+    begun: Tensor
+    attention: dict[int | None, Index]
+
+
+class HostBatch:
+    """A Batch on a CPU: the rows of a plan, which is all that a native step takes. The rest is worked out when asked for."""
+
+    def __init__(
+        self, rows: Rows, tables: Ints, config: ModelConfig, cache: KVCache, last: Tensor | None, batch_invariant: bool
+    ) -> None:
+        """As in build_batch."""
+        self.rows, self.tables, self.last = rows, tables, last
+        self._length, self._count = check_rows(rows, tables, cache.block_size)
+        self._config, self._batch_invariant = config, batch_invariant
+        self._block_size, self._dtype, self._device = cache.block_size, cache.k.dtype, cache.device
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        tokens = _resolved(self.rows, self.last, self._device)
+        return functional.pad(tokens, (0, self._padding))
+
+    @cached_property
+    def positions(self) -> Tensor:
+        return upload_index(np.pad(self._positions, (0, self._padding)), self._device)
+
+    @cached_property
+    def blocks(self) -> Tensor:
+        return upload_index(self._blocks, self._device)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        return upload_index(self._positions % self._block_size, self._device)
+
+    @cached_property
+    def begun(self) -> Tensor:
+        start, size = self.rows.start, self._block_size
+        stop = start + self._length  # of a row's last block, which begins at a multiple of its size
+        begun = (stop % size > 0) & (stop // size * size >= start)
+        return upload_index(self._blocks[self.rows.offset[1:] - 1][begun], self._device)
+
+    @cached_property
+    def attention(self) -> dict[int | None, Index]:
+        config, block_size = self._config, self._block_size
+        reach = -(-int((self.rows.start + self._length).max()) // block_size)
+        return {
+            window: index_attention(
+                self.tables[self.rows.slot, :reach],
+                self.rows.start,
+                self._length,
+                heads=config.num_attention_heads,
+                kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                block_size=block_size,
+                window=window,
+                dtype=self._dtype,
+                device=self._device,
+                batch_invariant=self._batch_invariant,
+            )
+            for window in dict.fromkeys(config.windows)
+        }
+
+    @property
+    def _padding(self) -> int:
+        return padded_rows(self._count, self._device) - self._count
+
+    @cached_property
+    def _positions(self) -> NDArray[np.int64]:
+        return np.arange(self._count) + np.repeat(self.rows.start - self.rows.offset[:-1], self._length)
+
+    @cached_property
+    def _blocks(self) -> Ints:
+        found: Ints = self.tables[np.repeat(self.rows.slot, self._length), self._positions // self._block_size]
+        return found
 
 
 def build_batch(
@@ -62,39 +164,7 @@ def build_batch(
         walked = upload(tables, cache.device) if device_tables is None else device_tables
         room = workspace(step.parts, config.num_attention_heads, config.head_dim, cache.device)
         return task_batch(step, _sent(step, cache.device), drawn, walked, room, batch_invariant)
-    length, count = check_rows(rows, tables, cache.block_size)
-    device, block_size = cache.device, cache.block_size
-    reach = -(-int((rows.start + length).max()) // block_size)
-    own = tables[rows.slot, :reach]
-    attention: dict[int | None, AttentionIndex | TaskIndex] = {
-        window: index_attention(
-            own,
-            rows.start,
-            length,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            block_size=block_size,
-            window=window,
-            dtype=cache.k.dtype,
-            device=device,
-            batch_invariant=batch_invariant,
-        )
-        for window in dict.fromkeys(config.windows)
-    }
-    positions = np.arange(count) + np.repeat(rows.start - rows.offset[:-1], length)
-    blocks = own[np.repeat(np.arange(len(length)), length), positions // block_size]
-    stop = rows.start + length  # of a row's last block, which begins at a multiple of block_size
-    begun = (stop % block_size > 0) & (stop // block_size * block_size >= rows.start)
-    padding = padded_rows(count, device) - count
-    return Batch(
-        tokens=functional.pad(_resolved(rows, last, device), (0, padding)),
-        positions=upload_index(np.pad(positions, (0, padding)), device),
-        blocks=upload_index(blocks, device),
-        offsets=upload_index(positions % block_size, device),
-        begun=upload_index(blocks[rows.offset[1:] - 1][begun], device),
-        attention=attention,
-    )
+    return HostBatch(rows, tables, config, cache, last, batch_invariant)
 
 
 def _resolved(rows: Rows, last: Tensor | None, device: torch.device) -> Tensor:
@@ -132,7 +202,7 @@ def task_batch(
     TaskIndex.
     """
     tokens, slots, positions = sent["tokens"], sent["slots"], sent["positions"]
-    attention: dict[int | None, AttentionIndex | TaskIndex] = {
+    attention: dict[int | None, Index] = {
         window: TaskIndex(
             tokens=step.tokens,
             window=window,
@@ -149,7 +219,7 @@ def task_batch(
         )
         for i, (window, tasks) in enumerate(step.tasks.items())
     }
-    return Batch(
+    return DeviceBatch(
         tokens=tokens.long() if last is None else torch.where(tokens < 0, last.index_select(0, slots), tokens),
         positions=positions.long(),
         blocks=sent["blocks"],

@@ -17,6 +17,7 @@ from .config import EngineConfig
 from .json_file import read_json
 from .kernels._triton import fused_on
 from .kernels.linear import linear_backend
+from .kernels.native import native_isa
 from .memory import CudaMemory, Memory, check_weights, running_out, weights_advice
 from .models.config import DecoderConfig, Outline
 from .models.registry import Model, load_model, load_outline, resolve_dtype
@@ -40,6 +41,7 @@ class Built(NamedTuple):
     tokenizer: Tokenizer | None
     max_model_len: int
     generation: dict[str, Any]
+    batch_invariant: bool  # whether bits of logits are promised not to depend on the batch
     cuda_graphs: bool  # whether decoding steps are replayed from captured graphs
     overlap: bool  # whether a step is planned while the one before it is computed
 
@@ -60,18 +62,19 @@ class Built(NamedTuple):
             "parameters": model.num_parameters,
             "vocab_size": model.config.vocab_size,
             "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": config.quantization,
             "device": str(cache.device),
             "device_name": None if on_cpu else torch.cuda.get_device_name(cache.device),
-            "cpu_path": linear_backend(model.dtype, cache.device) if on_cpu else None,
+            "cpu_path": _cpu_path(model.dtype, config.quantization) if on_cpu else None,
             "threads": torch.get_num_threads() if on_cpu else None,
-            "weights_memory": model.num_parameters * model.dtype.itemsize,
+            "weights_memory": model.weights_memory,
             "cache_memory": cache.nbytes,
             "used_memory": None if on_cpu else torch.cuda.memory_reserved(cache.device),
             "free_memory": None if on_cpu else torch.cuda.mem_get_info(cache.device)[0],
             "hidden_states": cache.hidden is not None,
             "num_blocks": cache.num_blocks - 1,
             "block_size": cache.block_size,
-            "batch_invariant": bool(config.batch_invariant),
+            "batch_invariant": self.batch_invariant,
             "cuda_graphs": self.cuda_graphs,
             "overlap": self.overlap,
             "max_model_len": self.max_model_len,
@@ -86,19 +89,20 @@ def build(config: EngineConfig) -> Built:
     outline = load_outline(path, config.model_impl)
     device = _device(config.device)
     dtype = resolve_dtype(config.dtype, outline, device)
-    if config.batch_invariant:
-        _check_batch_invariant(outline, dtype, device)
+    if config.quantization is not None and device.type != "cpu":
+        raise ConfigError(f"quantization={config.quantization!r} is refused: it is for a CPU, and this engine runs on {device}")
+    invariant = _batch_invariant(config, outline, dtype, device)
     if config.max_model_len is not None and config.max_model_len > outline.max_len:
         raise ConfigError(f"max_model_len={config.max_model_len}: the model was made for at most {outline.max_len} tokens")
     graphs = _graphs(config.cuda_graphs, outline, device)
     length = config.max_model_len or outline.max_len
     tokenizer = Tokenizer.load(path)
     memory = _memory(device)
-    model = _load(config, path, dtype, device, memory)
+    model = _load(config, path, dtype, device, invariant, memory)
     hidden = hidden_share(model.config) <= _HIDDEN_SHARE if config.hidden_states == "auto" else config.hidden_states
 
     def make_runner(cache: KVCache, length: int, capture: Capture | None = None) -> ModelRunner:
-        return ModelRunner(model, cache, config.max_num_seqs, length, bool(config.batch_invariant), capture)
+        return ModelRunner(model, cache, config.max_num_seqs, length, invariant, capture)
 
     num_blocks = cache_blocks(config, model, length, hidden, None if memory is None else Device(memory, make_runner, graphs))
     capacity = (num_blocks - 1) * config.block_size
@@ -115,14 +119,16 @@ def build(config: EngineConfig) -> Built:
         with running_out(memory, "a step before the first request", "lower num_blocks or kv_cache_memory"):
             runner = make_runner(cache, length, CudaCapture(device) if graphs else None)
             warm_up(runner, cache, config, length)
-    return Built(path, model, cache, runner, tokenizer, length, _generation(path), graphs, overlaps(config.overlap, device))
+    overlap = overlaps(config.overlap, device)
+    return Built(path, model, cache, runner, tokenizer, length, _generation(path), invariant, graphs, overlap)
 
 
-def _load(config: EngineConfig, path: Path, dtype: torch.dtype, device: torch.device, memory: Memory | None) -> Model:
+def _load(
+    config: EngineConfig, path: Path, dtype: torch.dtype, device: torch.device, invariant: bool, memory: Memory | None
+) -> Model:
     """The model, and what it needs of torch's settings."""
-    invariant = bool(config.batch_invariant)
     if memory is None:
-        model = load_model(path, dtype, device, config.model_impl, invariant)
+        model = load_model(path, dtype, device, config.model_impl, invariant, config.quantization)
         _set_threads(config, model)
         return model
     check_weights(weights_size(path, dtype), memory.free(), dtype)
@@ -146,6 +152,12 @@ def _memory(device: torch.device) -> Memory | None:
     return CudaMemory(device) if device.type == "cuda" else None
 
 
+def _cpu_path(dtype: torch.dtype, quantization: str | None) -> str:
+    """Who computes, and by which instructions."""
+    backend = linear_backend(dtype, torch.device("cpu"), quantization)
+    return f"native ({native_isa()})" if backend == "native" else backend
+
+
 def _graphs(asked: bool | None, outline: Outline, device: torch.device) -> bool:
     """Whether decoding steps are captured. Raises ConfigError if that is asked for and can't be."""
     if device.type != "cuda":
@@ -167,19 +179,28 @@ def _exact_products() -> None:
         torch.set_float32_matmul_precision("highest")  # `fp32_precision` set, the older switches could not be read any more
 
 
-def _check_batch_invariant(outline: Outline, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ConfigError where the promise can't be kept: it rests on the order in which our own kernels add up."""
+def _batch_invariant(config: EngineConfig, outline: Outline, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether no bit depends on the batch; unless asked, where that costs nothing. Raises ConfigError if asked for in vain.
+
+    The promise rests on the order in which our own kernels add up.
+    """
+    backend, fused = linear_backend(dtype, device, config.quantization), fused_on(device)
+    if config.batch_invariant is None:
+        return isinstance(outline, DecoderConfig) and backend == "native" and not fused
     if not isinstance(outline, DecoderConfig):
         reason = f"{outline.architecture} runs through transformers"
-    elif device.type == "cuda" and not fused_on(device):
+    elif device.type == "cuda" and not fused:
         reason = "Triton is not installed here"
-    elif not fused_on(device) and linear_backend(dtype, device) != "onednn-packed":
-        reason = f"{str(dtype).removeprefix('torch.')} on {device} has no packed linear layers here"
+    elif backend == "torch" and (config.quantization is not None or not fused):
+        held = "" if config.quantization is None else f"{config.quantization} with "
+        reason = f"{held}{str(dtype).removeprefix('torch.')} on {device} has no packed linear layers here"
     else:
-        return
+        return config.batch_invariant
+    if not config.batch_invariant:
+        return False
     raise ConfigError(
-        "batch_invariant=True is for native models, on a GPU with Triton, or in float32 or bfloat16 on a CPU with oneDNN; "
-        + reason
+        "batch_invariant=True is for native models, on a GPU with Triton, or in float32 or bfloat16 on a CPU with the native "
+        f"library or oneDNN; {reason}"
     )
 
 
@@ -190,7 +211,7 @@ def _set_threads(config: EngineConfig, model: Model) -> None:
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    elif model.num_parameters * model.dtype.itemsize < _SMALL_MODEL:
+    elif model.weights_memory < _SMALL_MODEL:
         torch.set_num_threads(1)
 
 

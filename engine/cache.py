@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pagefork.kernels.huge_pages import mapped
 from pagefork.kernels.kv_cache import copy_blocks
 from pagefork.kernels.similarity import write_states
 from pagefork.kernels.upload import upload_index
@@ -51,11 +53,11 @@ class KVCache:
         self.block_size = block_size
         self.device = device
         try:
-            self.k = torch.empty(layers, num_blocks, heads, size, block_size, dtype=dtype, device=device)
-            self.v = torch.empty(layers, num_blocks, heads, block_size, size, dtype=dtype, device=device)
+            self.k = _pages((layers, num_blocks, heads, size, block_size), dtype, device)
+            self.v = _pages((layers, num_blocks, heads, block_size, size), dtype, device)
             shape = num_blocks, block_size, config.hidden_size
             self.hidden = torch.empty(shape, dtype=dtype, device=device) if hidden_states else None
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError, OverflowError) as error:
             memory = num_blocks * block_bytes(config, block_size, dtype, hidden_states)
             raise ConfigError(
                 f"a cache of {num_blocks} blocks takes {memory} bytes, more than there are: lower num_blocks or kv_cache_memory"
@@ -88,6 +90,14 @@ class KVCache:
         """Stores the last hidden states [T, hidden size] of a step's tokens, where their keys and values are."""
         if self.hidden is not None:
             write_states(states, self.hidden, blocks, offsets)
+
+
+def _pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of any contents. A CPU's is on huge pages: blocks of a sequence lie anywhere, and looking up addresses costs."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    size = prod(shape)
+    return mapped(size * dtype.itemsize).view(dtype)[:size].view(shape)
 
 
 def hidden_share(config: ModelConfig) -> float:

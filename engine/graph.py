@@ -195,7 +195,6 @@ class StepGraphs:
             programs=self._programs,
         )
         hidden = self._model.forward(batch, self._cache)
-        self._cache.write_hidden(hidden, batch.blocks, batch.offsets)
         logits = self._model.logits(hidden)
         if self._logits is None:  # the largest bucket comes first, and is run before it is recorded
             self._logits = torch.empty_like(logits)

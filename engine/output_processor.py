@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cached_property
 
 import msgspec
 
@@ -121,10 +122,15 @@ class OutputProcessor:
     def __init__(self, request: Request, prompt: str | None, outputs: int, pieces: Pieces) -> None:
         self.request = request
         self._prompt = prompt
-        self._ids = request.prompt.tolist()
         self._streams = [_Stream(index, request.params, pieces) for index in range(outputs)]
         self._prompt_logprobs = None if request.prompt_logprobs is None else _PromptLogprobs(request, pieces)
         self._metrics = RequestMetrics(arrival_time=time.monotonic())
+
+    @cached_property
+    def _ids(self) -> list[int]:
+        """The prompt, for outputs. A request that waits does without: as a list it takes nine times the memory of its array."""
+        ids: list[int] = self.request.prompt.tolist()
+        return ids
 
     def process(self, update: Update) -> RequestOutput:
         """The request's output after an update."""

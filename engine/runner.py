@@ -94,7 +94,6 @@ class ModelRunner:
             batch_invariant=self._batch_invariant,
         )
         hidden = self._model.forward(batch, self._cache)
-        self._cache.write_hidden(hidden[: len(batch.blocks)], batch.blocks, batch.offsets)
         return Forward(batch.tokens, hidden)
 
     def _read(self, plan: Plan, forward: Forward) -> list[list[Pending]]:
@@ -108,10 +107,10 @@ class ModelRunner:
     def _read_together(self, probes: list[Probe], rows: Rows, forward: Forward) -> list[Pending]:
         if not probes:
             return []
-        at = np.concatenate([probe.at for probe in probes])
+        at = probes[0].at if len(probes) == 1 else np.concatenate([probe.at for probe in probes])
         logits, row = forward.logits, at
         if logits is None:
-            places, row = np.unique(at, return_inverse=True)
+            places, row = _distinct(at)
             logits = self._logits(places, forward)
         position, reads, begin = _places(at, rows)[1], [], 0
         for probe in probes:
@@ -144,7 +143,10 @@ class ModelRunner:
 
     def _logits(self, places: Ints, forward: Forward) -> Tensor:
         """Logits at flat token indices."""
-        return self._model.logits(forward.hidden[upload_index(places, forward.hidden.device)])
+        hidden = forward.hidden
+        if len(places) < len(hidden) or not _ascends(places):
+            hidden = hidden[upload_index(places, hidden.device)]
+        return self._model.logits(hidden)
 
 
 class _Submitted:
@@ -165,8 +167,22 @@ def _current(device: torch.device) -> torch.cuda.device:
     return torch.cuda.device(device.index if device.type == "cuda" else -1)
 
 
+def _distinct(at: Ints) -> tuple[Ints, NDArray[Any]]:
+    """The different indices in ascending order, and which of them each is."""
+    if _ascends(at):
+        return at, np.arange(len(at))
+    places, row = np.unique(at, return_inverse=True)
+    return places, row
+
+
+def _ascends(at: Ints) -> bool:
+    return bool((at[1:] > at[:-1]).all())
+
+
 def _places(at: Ints, rows: Rows) -> tuple[NDArray[Any], Ints]:
     """The rows that flat token indices belong to, and the positions of their tokens."""
+    if len(rows.tokens) == len(rows.slot):  # a token each
+        return at, rows.start[at]
     row = np.searchsorted(rows.offset, at, side="right") - 1
     position: Ints = rows.start[row] + at - rows.offset[row]
     return row, position

@@ -19,6 +19,7 @@ from pagefork.scheduler.plan import Forks, Kind, Opens, Probe, Rows, Spec
 from .custom_logits import LogitsProcessors
 from .fused_draw import DrawEntries, Drawn
 from .fused_reads import FusedReads
+from .native_reads import NativeReads
 from .pending import Pending
 from .slot_state import SlotState
 from .torch_reads import TorchReads
@@ -33,6 +34,7 @@ class Sampler:
         self.processors = LogitsProcessors(vocab_size)
         self._state = SlotState(max_slots, vocab_size, max_len, device, self.processors, fused(self.last))
         self._torch = TorchReads(self._state, vocab_size, device)
+        self._native = NativeReads(self._state)
         self._fused = FusedReads(self._state, vocab_size, device) if fused(self.last) else None
         self._vocab_size, self._device = vocab_size, device
 
@@ -73,11 +75,16 @@ class Sampler:
             assert self._fused is not None
             columns = self._fused.read_drawn(probe, position, drawn)
         else:
-            reads = self._fused if self._fused is not None and self._fused.takes(probe) else self._torch
-            columns = reads.read(logits, probe, row, position)
+            columns = self._reads(logits, probe).read(logits, probe, row, position)
         if probe.kind is Kind.SAMPLE and drawn is None:
             self.last[upload_index(probe.slot, self._device)] = columns["token"].long()
         return Pending(columns, self._state.fields["processors"][probe.slot], self.processors.failures)
+
+    def _reads(self, logits: Tensor, probe: Probe) -> FusedReads | NativeReads | TorchReads:
+        """Who reads this."""
+        if self._fused is not None:
+            return self._fused if self._fused.takes(probe) else self._torch
+        return self._native if self._native.takes(logits) else self._torch
 
     def end_step(self) -> None:
         """All probes of the step are read."""

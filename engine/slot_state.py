@@ -153,7 +153,7 @@ class SlotState:
         """The stages before the temperature: bans, bias, penalties, the request's own processors.
 
         Returns fp32 [P, W], or `logits` itself where none applies. Inside a prompt nothing counts as generated.
-        logits: fp32 [P, W], not modified. slot, position: [P], the last position that counts. Rows that are not `wanted`
+        logits: floating [P, W], not modified. slot, position: [P], the last position that counts. Rows that are not `wanted`
         [P] may be left as they are; their processors are not called. Uses the buffer "adjusted".
         """
         if not self.adjusts(slot, position):
@@ -164,7 +164,7 @@ class SlotState:
             lists.gather(slot, wanted) for lists, wanted in zip(self._lists, (ends_banned, None, None, None), strict=True)
         )
         ngram = fields["no_repeat_ngram_size"]
-        out = scratch.like("adjusted", logits).copy_(logits)
+        out = scratch.like("adjusted", logits, torch.float32).copy_(logits)
         tokens, length_held = self._histories(slot, np.where(fields["history"], length, 0))
         if len(allowed[0]):
             allow_tokens(out, *map(self._tensor, allowed), out=out)

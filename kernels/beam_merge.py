@@ -12,14 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from . import native_sampling as native
 from ._arguments import check_logits
 from ._triton import fused
 from .distribution import Scale
 from .merge_rows import Merged, check_groups, merge_log_probs
-from .scratch import GROUP, Scratch, chunks, widened
+from .scratch import GROUP, Scratch, chunks, thread_scratch, widened
 from .top_logprobs import best_ids, padded
 
 __all__ = ["Merge", "Merged", "beam_merge"]
@@ -39,11 +41,21 @@ def beam_merge(logprobs: Tensor, bias: Tensor, offsets: Sequence[int], n: int) -
     if fused(logprobs):
         check_groups(offsets, rows, n)
         return merge_log_probs(logprobs, bias, offsets, n)
+    if native.takes(logprobs):
+        check_groups(offsets, rows, n)
+        return _native(logprobs, bias, offsets, n)
     merge = Merge(offsets, rows, n, logprobs.device)
     scratch = Scratch()
     for cut in chunks(rows, logprobs.shape[1], logprobs.device):
         merge.add(widened(logprobs[cut], scratch), bias[cut])
     return merge.result()
+
+
+def _native(logprobs: Tensor, bias: Tensor, offsets: Sequence[int], n: int) -> Merged:
+    given = native.entries(logprobs, np.arange(len(logprobs)))
+    given["flags"] = native.AS_LOGP
+    pairs = native.merge(logprobs, given, bias.contiguous(), offsets, n, thread_scratch(logprobs.device))
+    return Merged(pairs.parent.long(), pairs.token.long(), pairs.score, pairs.logp)
 
 
 class _Pairs(NamedTuple):

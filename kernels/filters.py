@@ -7,12 +7,14 @@ Semantics follow Hugging Face's logits warpers; thresholds are on the value, so 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from . import native_sampling as native
 from ._arguments import PerRow, Range, check_logits, per_row
 from .distribution import Distribution
-from .scratch import Scratch, widened
+from .scratch import Scratch, thread_scratch, widened
 
 GREEDY = 1e-5  # a smaller temperature means the most probable token
 
@@ -71,11 +73,25 @@ def check_min_p(logits: Tensor, value: PerRow) -> Tensor:
     return per_row("min_p", value, logits, torch.float64, Range(0, 1))
 
 
-def _filter(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def _filter(logits: Tensor, *limits: Tensor) -> Tensor:
+    """limits: top_k, top_p, min_p."""
+    floor = _native_floor(logits, *limits) if native.takes(logits) else _floor(logits, *limits)
+    kept = logits.to(torch.float32, copy=True)
+    return kept if floor is None else kept.masked_fill_(kept < floor[:, None], -torch.inf)
+
+
+def _floor(logits: Tensor, *limits: Tensor) -> Tensor | None:
+    """The smallest value of each row that passes, fp32 [B]; -inf for bad rows."""
     scratch = Scratch()
     dist = Distribution(widened(logits, scratch), None, scratch)
-    floor = dist.find_floor(top_k, top_p, min_p)
-    kept = logits.to(torch.float32, copy=True)
-    if floor is None:
-        return kept
-    return kept.masked_fill_(kept < floor.masked_fill(dist.bad, -torch.inf)[:, None], -torch.inf)
+    floor = dist.find_floor(*limits)
+    return None if floor is None else floor.masked_fill(dist.bad, -torch.inf)
+
+
+def _native_floor(logits: Tensor, *limits: Tensor) -> Tensor:
+    given = native.entries(logits, np.arange(len(logits)))
+    given["temperature"], given["flags"] = 1, native.SHAPED
+    for name, value in zip(("top_k", "top_p", "min_p"), limits, strict=True):
+        given[name] = value.numpy()
+    found, _ = native.read(logits, given, thread_scratch(logits.device), token=False)
+    return found.floor

@@ -2,16 +2,19 @@
 
 The draw is a pure function of the row's logits and parameters and of (seed, stream, position): one Philox call per
 row, no noise per vocabulary entry. Neither other rows, their number nor their order can change it.
-On a GPU the rows become entries of `group_stats` and `draw`, and nothing waits for the device.
+On a GPU the rows become entries of `group_stats` and `draw`, and nothing waits for the device; on a CPU the native library
+reads them, where it is there.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from . import native_sampling as native
 from ._arguments import PerRow, per_row
 from ._triton import fused
 from .distribution import Distribution
@@ -58,6 +61,8 @@ def sample(
         filtered = any(isinstance(value, Tensor) or value != off for value, off in ((top_k, 0), (top_p, 1), (min_p, 0)))
         found = draw(logits, entries, group_stats(logits, entries, own), None, filtered=filtered)
         return Sample(found.token, found.logprob, found.bad)
+    if native.takes(logits):
+        return _native(logits, greedy, heat, limits, keys)
     numbers = uniform(*keys)
     token = torch.empty_like(greedy, dtype=torch.int64)
     logprob, bad = torch.empty_like(heat), torch.empty_like(greedy)
@@ -69,6 +74,16 @@ def sample(
         logprob[part] = dist.scale().log_probs(dist.values.gather(-1, token[part, None]))[:, 0]
         bad[part] = dist.bad
     return Sample(token, logprob, bad)
+
+
+def _native(logits: Tensor, greedy: Tensor, heat: Tensor, limits: tuple[Tensor, Tensor, Tensor], keys: list[Tensor]) -> Sample:
+    given = native.entries(logits, np.arange(len(logits)))
+    values = {"temperature": heat, "flags": greedy * int(native.GREEDY) + int(native.SHAPED | native.PROCESSED)}
+    values |= zip(("top_k", "top_p", "min_p", "seed", "stream", "position"), (*limits, *keys), strict=True)
+    for name, value in values.items():
+        given[name] = value.numpy()
+    found, _ = native.read(logits, given, thread_scratch(logits.device))
+    return Sample(found.token.long(), found.logp, found.bad)
 
 
 def _entries(greedy: Tensor, heat: Tensor, limits: tuple[Tensor, Tensor, Tensor], keys: list[Tensor]) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from . import native_sampling as native
 from ._arguments import check_logits
 from ._reading import plain_entries
 from ._triton import fused
@@ -15,7 +17,7 @@ from .distribution import Distribution
 from .group_stats import group_stats
 from .groups import find_best, grouped
 from .scales import model_scale
-from .scratch import GROUP, Scratch, widened
+from .scratch import GROUP, Scratch, thread_scratch, widened
 
 
 class TopLogprobs(NamedTuple):
@@ -34,6 +36,10 @@ def top_logprobs(logits: Tensor, n: int) -> TopLogprobs:
         raise ValueError(f"n={n} is refused: it must be >= 0")
     if fused(logits) and 0 < n <= MAX_BEST:
         return _of_groups(logits, n)
+    if native.takes(logits) and not fused(logits):
+        given = native.entries(logits, np.arange(len(logits)))
+        _, best = native.read(logits, given, thread_scratch(logits.device), token=False, n=n)
+        return TopLogprobs(best.ids.long(), best.logp)
     scratch = Scratch()
     dist = Distribution(widened(logits, scratch), None, scratch)
     ids = best_ids(dist.values, min(n, logits.shape[1]))

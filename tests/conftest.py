@@ -10,7 +10,9 @@ from support.kernels import kernel_device, need_a_gpu
 from support.launches import check_launches
 
 from pagefork import LLM
+from pagefork.kernels import native_sampling
 from pagefork.kernels._triton import INTERPRETED
+from pagefork.kernels.native import library
 
 # The models here are so small that a second thread only adds waiting.
 torch.set_num_threads(1)
@@ -24,6 +26,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where the Triton kernels run."""
     return kernel_device()
+
+
+@pytest.fixture(params=["native", "torch"])
+def read_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who reads logits on a CPU."""
+    if request.param == "torch":
+        monkeypatch.setattr(native_sampling, "takes", lambda logits: False)
+    elif library() is None:
+        pytest.skip("the native library is not built")
+    return str(request.param)
 
 
 @pytest.fixture(autouse=INTERPRETED)

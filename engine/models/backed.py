@@ -20,12 +20,12 @@ from pagefork.cache import KVCache
 from pagefork.kernels.kv_cache import write_kv
 from pagefork.kernels.linear import padded_rows
 from pagefork.kernels.paged_attention import paged_attention
-from pagefork.scheduler.errors import ModelError
+from pagefork.scheduler.errors import ConfigError, ModelError
 
 from . import probe
 from .check import Expected, check_logits, reference_logits
 from .config import ModelConfig, Outline
-from .packing import pack, put_back, stand_in
+from .packing import pack, put_back, stand_in, weights_memory
 from .pretrained import first_line, quiet
 
 _IMPLEMENTATION = "pagefork"
@@ -108,36 +108,47 @@ class BackedModel:
     """A causal language model that transformers loaded, cut in two: the decoder, and what turns its states into logits.
 
     Raises ModelError, naming the architecture, unless chunks of two sequences computed over a paged cache get the
-    logits that the model gives for each sequence as a whole, with its own attention.
+    logits that the model gives for each sequence as a whole, with its own attention. With `quantization` (as `Linear` has
+    it) both are those of the quantized layers, and a model that looks into its linear layers is refused.
     """
 
-    def __init__(self, model: PreTrainedModel, outline: Outline, dtype: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel, outline: Outline, dtype: torch.dtype, quantization: str | None = None) -> None:
         self.dtype = dtype
         self.device = model.device
         self.num_parameters = sum(weight.numel() for weight in model.parameters())
         self._relay = _Relay()
         try:
             with quiet(), torch.inference_mode():
-                self._take(model, outline)
+                self._take(model, outline, quantization)
         except ModelError as error:
             raise ModelError(f"{outline.architecture} can't be served with paged attention: {error}") from None
-        except torch.OutOfMemoryError:
+        except (ConfigError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise ModelError(f"{outline.architecture} can't be served with paged attention; trying raised {reason}") from error
 
-    def _take(self, model: PreTrainedModel, outline: Outline) -> None:
+    def _take(self, model: PreTrainedModel, outline: Outline, quantization: str | None) -> None:
         place, decoder = _find_decoder(model)
         for module in decoder.modules():
             module.pagefork_relay = self._relay  # type: ignore[assignment]
-        replaced = stand_in(model, self.dtype, self.device)
+        replaced = stand_in(model, self.dtype, self.device, quantization)
+        if quantization is not None:
+            if not replaced:
+                raise ConfigError(f"quantization={quantization!r} is refused: {outline.architecture} has no plain linear layers")
+            pack(model, quantization)
         try:
             output, expected = self._observe(model, decoder, outline)
-        except AttributeError:  # the model looks into its linear layers
+        except AttributeError as error:  # the model looks into its linear layers
+            if quantization is not None:
+                raise ConfigError(
+                    f"quantization={quantization!r} is refused: {outline.architecture} looks into its linear layers ({error})"
+                ) from None
             put_back(replaced)
             output, expected = self._observe(model, decoder, outline)
-        pack(model)
+        if quantization is None:
+            pack(model, None)
+        self.weights_memory = weights_memory(model)
         model.set_attn_implementation(_IMPLEMENTATION)
         model.set_submodule(place, _Given(output))
         self._decoder, self._head = decoder, model
@@ -160,11 +171,12 @@ class BackedModel:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """States [N, hidden] as the decoder leaves them; writes the batch's keys and values to the cache."""
+        """States [N, hidden] as the decoder leaves them; writes them and the batch's keys and values to the cache."""
         cache.begin(batch.begun)
         self._relay.attention = _Step(self.config, batch, cache)
-        states: Tensor = _decode(self._decoder, batch.tokens[None], batch.positions[None]).last_hidden_state
-        return states[0]
+        states: Tensor = _decode(self._decoder, batch.tokens[None], batch.positions[None]).last_hidden_state[0]
+        cache.write_hidden(states[: len(batch.blocks)], batch.blocks, batch.offsets)
+        return states
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The linear layers of a model of transformers, multiplied by the engine's own product where that is faster."""
+"""The linear layers of a model of transformers, multiplied by the engine's own product where that is faster or smaller."""
 
 from __future__ import annotations
 
@@ -27,18 +27,25 @@ class Stand(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         return self._product(rows).view(*x.shape[:-1], self._product.out_features)
 
-    def pack(self) -> None:
+    def pack(self, quantization: str | None) -> None:
         """Lays the weight out and lets the layer go, so that weights are held twice one at a time."""
         (layer,) = self._layer
         weight, bias = layer.weight, layer.bias
         assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
-        self._product = Linear(weight.t() if isinstance(layer, Conv1D) else weight, bias)
+        self._product = Linear(weight.t() if isinstance(layer, Conv1D) else weight, bias, quantization=quantization)
         self._layer = ()
 
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """What the packed weight takes."""
+        return () if self._product is None else self._product.held
 
-def stand_in(model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[tuple[nn.Module, str, nn.Module]]:
+
+def stand_in(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, quantization: str | None
+) -> list[tuple[nn.Module, str, nn.Module]]:
     """Replaces linear layers by a Stand each: (parent, name, layer) of each, none where packing gains nothing."""
-    if linear_backend(dtype, device) == "torch":
+    if quantization is None and linear_backend(dtype, device) == "torch":
         return []
     found = [
         (parent, name, layer)
@@ -58,8 +65,14 @@ def put_back(replaced: list[tuple[nn.Module, str, nn.Module]]) -> None:
         setattr(parent, name, layer)
 
 
-def pack(model: nn.Module) -> None:
+def pack(model: nn.Module, quantization: str | None) -> None:
     """Packs all that stands in."""
     for module in list(model.modules()):
         if isinstance(module, Stand):
-            module.pack()
+            module.pack(quantization)
+
+
+def weights_memory(model: nn.Module) -> int:
+    """Bytes of all weights, packed or not, each once."""
+    packed = [tensor for module in model.modules() if isinstance(module, Stand) for tensor in module.held]
+    return sum({id(tensor): tensor.nbytes for tensor in (*model.parameters(), *packed)}.values())

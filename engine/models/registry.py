@@ -31,9 +31,10 @@ class Model(Protocol):
     dtype: torch.dtype
     device: torch.device
     num_parameters: int
+    weights_memory: int  # bytes that the weights take, as they are laid out, each once
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """States [N, hidden] after the last norm; keys and values of the batch are in the cache afterwards."""
+        """States [N, hidden] after the last norm; they, where the cache has such, keys and values are in the cache afterwards."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [P, vocabulary] of states [P, hidden], floating point."""
@@ -53,24 +54,32 @@ def load_outline(path: str | Path, impl: str = "auto") -> Outline:
         return msgspec.structs.replace(outline, dtype=next(iter(weights.dtypes.values()), "float32"))
 
 
-def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, impl: str = "auto", invariant: bool = False) -> Model:
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    impl: str = "auto",
+    invariant: bool = False,
+    quantization: str | None = None,
+) -> Model:
     """The model in a local directory of config.json and safetensors, sharded or not.
 
-    Natively weights are read, cast, fused and packed one after another, so they are never held twice. With
-    `invariant` linear layers are as `Linear` has it. Raises ModelError for a checkpoint that is missing, damaged, of an
-    unsupported architecture or format, or whose weights do not fit, and with `invariant` where transformers runs it.
+    Natively weights are read, cast, fused and packed one after another, so they are never held twice. `invariant` and
+    `quantization` are as `Linear` has them, of all linear layers and the head. Raises ModelError for a checkpoint that is
+    missing, damaged, of an unsupported architecture or format, or whose weights do not fit, and with `invariant` where
+    transformers runs it; ConfigError with `quantization` for a model of transformers whose linear layers can't be replaced.
     """
     directory = _directory(path)
     outline = read_outline(directory, impl)
     if isinstance(outline, DecoderConfig):
         with Weights(directory) as weights:
-            return Decoder(outline, weights, dtype, device, invariant)
+            return Decoder(outline, weights, dtype, device, invariant, quantization)
     if invariant:
         raise ModelError(f"{outline.architecture} runs through transformers, whose layers are not batch invariant")
     from .backed import BackedModel
     from .pretrained import load_pretrained
 
-    return BackedModel(load_pretrained(directory, outline.architecture, dtype, device), outline, dtype)
+    return BackedModel(load_pretrained(directory, outline.architecture, dtype, device), outline, dtype, quantization)
 
 
 def resolve_dtype(name: str, outline: Outline, device: torch.device) -> torch.dtype:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +31,13 @@ _FOREIGN = {
 }
 
 
+class _Place(NamedTuple):
+    """Where a weight lies: so many bytes from the beginning of a file."""
+
+    file: FileIO
+    offset: int
+
+
 class Weights:
     """An open checkpoint, a context manager. Nothing but the files' headers is read before `take`.
 
@@ -35,7 +45,8 @@ class Weights:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._files: dict[str, Any] = {}
+        self._files = ExitStack()
+        self._places: dict[str, _Place] = {}
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, str] = {}  # as transformers names them where it is one of ours, else as the file does
         self._bar: Bar | None = None
@@ -49,17 +60,20 @@ class Weights:
 
     def _open(self, path: Path, promised: list[str]) -> None:
         try:
-            handle: Any = safe_open(path, framework="pt", device="cpu")
+            with safe_open(path, framework="pt", device="cpu") as checked:  # refuses what is damaged; does not tell offsets
+                names = set(checked.keys())
+            file = self._files.enter_context(FileIO(path))
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} is damaged or can't be read: {error}") from None
-        names = set(handle.keys())
         if lost := [name for name in promised if name not in names]:
             raise ModelError(f"{INDEX} says that {path.name} holds {some(lost)}, but it does not")
         for name in promised or names:
-            header = handle.get_slice(name)
-            self._files[name] = handle
-            self.shapes[name] = tuple(header.get_shape())
-            self.dtypes[name] = _FLOATS.get(header.get_dtype(), header.get_dtype())
+            entry = header[name]
+            self._places[name] = _Place(file, 8 + size + entry["data_offsets"][0])
+            self.shapes[name] = tuple(entry["shape"])
+            self.dtypes[name] = _FLOATS.get(entry["dtype"], entry["dtype"])
 
     def check(self, expected: dict[str, Shape], ignored: Iterable[str] = ()) -> None:
         """Raises ModelError unless the checkpoint has exactly the expected names and shapes; `ignored` names may be there too."""
@@ -88,25 +102,41 @@ class Weights:
                     f"{name} is stored as {self.dtypes[name]}; supported are {', '.join(_FLOATS)}, quantized weights are not"
                 )
 
-    def take(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A weight, moved and cast; memory of its own, so that the file's pages can go. Progress shows on a terminal.
+    def take(self, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Weights [n, ...] that differ in n only, one below the other, moved and cast; memory of their own. Progress shows
+        on a terminal.
 
-        Another device than the CPU gets it as it is stored and casts it, which takes memory for both only until the next is
-        taken; the CPU never holds it in `dtype`.
+        They are read rather than mapped: straight to where they belong, and without a fault at every page of the file.
+        Another device than the CPU gets them as they are stored and casts them, which takes memory for both only until the
+        next are taken; the CPU never holds them in `dtype`.
         """
+        kinds = {self.dtypes[name] for name in names}
+        if len(kinds) > 1:
+            return torch.cat([self.take([name], dtype, device) for name in names])
+        counts = [self.shapes[name][0] for name in names]
+        stored = torch.empty((sum(counts), *self.shapes[names[0]][1:]), dtype=getattr(torch, kinds.pop()))
+        for name, rows in zip(names, stored.split(counts), strict=True):
+            self._read(name, rows)
+        return stored.to(device).to(dtype)
+
+    def _read(self, name: str, rows: Tensor) -> None:
+        """Fills `rows` with a weight."""
         if self._bar is None:
             self._bar = Bar(total=len(self.shapes), desc="Loading", unit="weight", disable=None, delay=0.5, leave=False)
         self._bar.update()
+        file, offset = self._places[name]
+        left = rows.reshape(-1).view(torch.uint8).numpy().data
         try:
-            weight: Tensor = self._files[name].get_tensor(name)
-        except (SafetensorError, OSError) as error:
+            file.seek(offset)
+            while left and (count := file.readinto(left)):  # the system reads at most 2 GiB at once
+                left = left[count:]
+        except OSError as error:
             raise ModelError(f"{name} can't be read: {error}") from None
-        if device.type == "cpu":
-            return weight.to(dtype=dtype, copy=True)
-        return weight.to(device).to(dtype)
+        if left:
+            raise ModelError(f"{name} can't be read: {file.name} has been cut since it was opened")
 
     def close(self) -> None:
-        self._files.clear()
+        self._files.close()
         if self._bar is not None:
             self._bar.close()
 

@@ -8,9 +8,6 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-import zmq
-from zmq.utils import z85
-
 from pagefork.scheduler.errors import ConfigError
 
 PUBLIC_SUFFIX, SECRET_SUFFIX = ".key", ".key_secret"
@@ -31,6 +28,8 @@ def new_keys(folder: Path, name: str) -> tuple[Path, Path]:
 
     Raises FileExistsError rather than overwrite a file.
     """
+    import zmq  # here, so that commands without a service do without it
+
     public, secret = zmq.curve_keypair()
     files = folder / f"{name}{PUBLIC_SUFFIX}", folder / f"{name}{SECRET_SUFFIX}"
     for file in files:
@@ -98,6 +97,8 @@ def read_secret(file: Path) -> str:
 
 
 def _keys(data: bytes, file: Path) -> dict[str, bytes]:
+    from zmq.utils import z85
+
     found = {name.decode(): key for name, key in _LINE.findall(data[:_LARGEST])}
     for name, key in found.items():
         try:

@@ -14,6 +14,8 @@ from support.sampling import SLOTS, VOCAB, opened, random_batch, read_probe
 from pagefork.sampler import Sampler
 from pagefork.scheduler.plan import Kind, Probe, Reads, Spec, ints
 
+pytestmark = pytest.mark.usefixtures("read_by")
+
 GROUPS = (0, 1, 5, 5, 13, SLOTS)  # one of them is empty
 
 

@@ -13,6 +13,8 @@ from support.sampling import SLOTS, VOCAB, opened, opens, probe, random_batch, r
 
 from pagefork.scheduler.plan import Forks, Kind, Probe, Spec, ints
 
+pytestmark = pytest.mark.usefixtures("read_by")
+
 
 def by_the_book(logits: np.ndarray, history: list[int], spec: dict[str, Any]) -> tuple[np.ndarray, book.Kept]:
     """Adjusted logits and what is kept of them."""

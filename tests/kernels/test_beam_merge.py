@@ -14,6 +14,8 @@ from pagefork.kernels.beam_merge import Merge, Merged, beam_merge
 from pagefork.kernels.distribution import Distribution
 from pagefork.kernels.scratch import Scratch, widened
 
+pytestmark = pytest.mark.usefixtures("read_by")
+
 
 def numbers(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))

@@ -10,6 +10,8 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from pagefork.kernels import apply_min_p, apply_temperature, apply_top_k, apply_top_p
 
+pytestmark = pytest.mark.usefixtures("read_by")
+
 INF = torch.inf
 
 

@@ -1,4 +1,4 @@
-"""Attention over the paged cache equals dense attention in float64, for any mix of rows."""
+"""Attention over the paged cache, as torch computes it, equals dense attention in float64, for any mix of rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pagefork.kernels.attention_tiles import SPLIT, TILE
-from pagefork.kernels.paged_attention import index_attention, paged_attention
+from pagefork.kernels.paged_attention import index_attention, index_torch, paged_attention
 
 HEAD_DIM = 32
 
@@ -92,7 +92,7 @@ def attend(
             v_cache[tables[row, column], :, :size] = v[part].transpose(0, 1)
     start, length = (np.array(column, np.int32) for column in zip(*case.rows, strict=True))
     heads = case.q.shape[1]
-    index = index_attention(
+    index = index_torch(
         tables,
         start,
         length,
@@ -102,6 +102,7 @@ def attend(
         block_size=block_size,
         window=window,
         dtype=dtype,
+        device=torch.device("cpu"),
         batch_invariant=batch_invariant,
     )
     q = torch.cat([case.q, torch.full((padding, heads, HEAD_DIM), torch.nan, dtype=dtype)])

@@ -13,6 +13,8 @@ from support.draws import Params, cases
 
 from pagefork.kernels import sample
 
+pytestmark = pytest.mark.usefixtures("read_by")
+
 VOCABS = [1, 2, 63, 64, 65, 999, 4097]
 LARGE = 9001  # more than is searched by sorting
 

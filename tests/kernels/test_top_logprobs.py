@@ -11,6 +11,8 @@ from pagefork.kernels import top_logprobs
 from pagefork.kernels.scratch import Scratch, widened
 from pagefork.kernels.top_logprobs import token_rank
 
+pytestmark = pytest.mark.usefixtures("read_by")
+
 
 def rows(vocab: int) -> torch.Tensor:
     """Usual rows, rows full of ties, rows full of -inf, a constant row."""

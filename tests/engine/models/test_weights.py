@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,28 @@ class Made(TorchDispatchMode):
 def test_weights_are_cast_where_they_go_and_not_copied_on_their_way(whole: Path) -> None:
     """Another device casts as it stores, so the host makes no tensor but those of the mapped file."""
     with Weights(whole) as weights, Made() as made:
-        taken = weights.take(Q, torch.bfloat16, torch.device("meta"))
+        taken = weights.take([Q], torch.bfloat16, torch.device("meta"))
     assert (taken.device.type, taken.dtype) == ("meta", torch.bfloat16)
     assert [kind for kind in made.kinds if kind[1] == torch.bfloat16] == [("meta", torch.bfloat16)]
     assert ("meta", torch.float32) in made.kinds
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_weights_taken_together_lie_below_each_other(whole: Path, stored: torch.dtype) -> None:
+    """Whether they are stored alike or not, and in whatever order."""
+    names = [Q.replace("q_proj", f"{part}_proj") for part in "vqk"]
+    edit_weights(whole, lambda weights: weights.update({Q: weights[Q].to(stored)}))
+    expected = torch.cat([load_file(whole / "model.safetensors")[name].to(torch.bfloat16) for name in names])
+    with Weights(whole) as weights:
+        assert torch.equal(weights.take(names, torch.bfloat16, CPU), expected)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_refused(whole: Path) -> None:
+    with Weights(whole) as weights:
+        file = whole / "model.safetensors"
+        os.truncate(file, file.stat().st_size - 1)
+        with pytest.raises(ModelError, match=r"can't be read: .*model\.safetensors has been cut"):
+            [weights.take([name], torch.float32, CPU) for name in weights.shapes]
 
 
 def test_harmless_left_overs_are_let_pass(tmp_path: Path) -> None:
