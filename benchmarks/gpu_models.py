@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pagefork.models.config import DecoderConfig
-from pagefork.models.decoder import expected_shapes
+from pagefork.models.layers import expected_shapes
 from pagefork.models.registry import load_outline
 
 QWEN, LLAMA = "Qwen3-0.6B", "Llama-3-8B"
@@ -59,11 +59,18 @@ ROOM = 1.1  # times the size of a checkpoint that a folder must have
 
 @contextmanager
 def checkpoint(name: str, tiny: bool, dtype: torch.dtype) -> Iterator[Path]:
-    """The directory of a checkpoint of these sizes, in memory where there is room for it; it is removed in the end."""
-    config = CONFIGS[name] | (TINY | TINY_HEADS if tiny else {}) | {"dtype": str(dtype).removeprefix("torch.")}
+    """The directory of a checkpoint of these sizes, as `made` has it."""
+    with made(CONFIGS[name] | (TINY | TINY_HEADS if tiny else {}), dtype) as directory:
+        yield directory
+
+
+@contextmanager
+def made(config: dict[str, Any], dtype: torch.dtype) -> Iterator[Path]:
+    """The directory of a checkpoint with this config.json, in memory where there is room for it; it is removed in the end."""
     with tempfile.TemporaryDirectory(dir=_roomy(_size(config, dtype)), prefix="pagefork-") as folder:
         directory = Path(folder)
-        (directory / "config.json").write_text(json.dumps(config))
+        stated = config | {"dtype": str(dtype).removeprefix("torch.")}
+        (directory / "config.json").write_text(json.dumps(stated))
         _write_weights(directory, dtype)
         yield directory
 

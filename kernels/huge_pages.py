@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 
@@ -33,5 +34,6 @@ def mapped(size: int) -> Tensor:
     pages = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     start = -torch.frombuffer(pages, dtype=torch.uint8).data_ptr() % HUGE_PAGE
     if advice := getattr(mmap, "MADV_HUGEPAGE", None):
-        pages.madvise(advice, start, size)
+        with contextlib.suppress(OSError):  # of a kernel that is built without huge pages
+            pages.madvise(advice, start, size)
     return torch.frombuffer(pages, dtype=torch.uint8, offset=start, count=size)

@@ -107,7 +107,7 @@ def attend_native(
     """
     n, heads, size = q.shape
     _, kv_heads, block_size, value_size = v_cache.shape
-    if index.sizes != (heads, kv_heads, size, block_size) or k_cache.shape[0] != v_cache.shape[0]:
+    if index.sizes != (heads, kv_heads, size, block_size) or k_cache.shape != (len(v_cache), kv_heads, size, block_size):
         raise ValueError(
             f"query heads, KV heads, head size and block size were {list(index.sizes)} when the step was indexed; given "
             f"queries {list(q.shape)}, keys cached as {list(k_cache.shape)} and values as {list(v_cache.shape)}"

@@ -157,7 +157,7 @@ class NativeForward:
 
     def _grow(self, size: int) -> None:
         """Makes the workspace so many bytes, by a quarter more: steps that grow by a block each do not grow it each time."""
-        self._workspace = torch.empty(0, dtype=torch.uint8)  # first, so that there are never two
+        self._workspace, self._step.room = torch.empty(0, dtype=torch.uint8), 0  # first, so that there are never two
         self._workspace = mapped(size + size // 4)
         self._step.workspace, self._step.room = self._workspace.data_ptr(), len(self._workspace)
 

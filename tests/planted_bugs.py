@@ -374,7 +374,10 @@ GRAPH_BUGS = {
         "overlapped_graphs",
     ),
     "graphs write no hidden states": Bug(
-        "models/decoder.py", "        cache.write_hidden(hidden[: len(batch.blocks)], batch.blocks, batch.offsets)\n", "", "graph_steps"
+        "models/decoder.py",
+        "        cache.write_hidden(hidden[: len(batch.blocks)], batch.blocks, batch.offsets)\n",
+        "",
+        "graph_steps",
     ),
 }  # fmt: skip
 

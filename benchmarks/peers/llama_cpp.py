@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 from collections.abc import Callable
@@ -46,7 +45,7 @@ class LlamaCpp:
             lib.llama_sampler_init_dist(0),
         ):
             lib.llama_sampler_chain_add(self._sampler, step)
-        self.settings = f"flash attention {FLASH or 'auto'}, top_k {TOP_K} before top_p, batch {BATCH}"
+        self.settings = f"flash attention, cache in f16, top_k {TOP_K} before top_p, batch {BATCH}"
 
     def _prepare_context(self, sequences: int, length: int) -> None:
         if self._shape is not None and self._shape[0] == sequences and self._shape[1] >= length:
@@ -56,11 +55,9 @@ class LlamaCpp:
             lib.llama_free(self._context)
         params = lib.llama_context_default_params()
         params.n_ctx, params.n_seq_max = length * sequences, sequences
-        params.n_batch, params.n_ubatch = BATCH, int(os.environ.get("UB", "512"))
+        params.n_batch = params.n_ubatch = BATCH
         params.n_threads = params.n_threads_batch = self._threads
-        if FLASH: params.flash_attn_type = int(FLASH)
-        params.kv_unified = bool(int(os.environ.get("UNI", "0")))
-        if os.environ.get("KVT"): params.type_k = params.type_v = int(os.environ["KVT"])
+        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self._context = lib.llama_init_from_model(self._model, params)
         if not self._context:
             raise RuntimeError("can't make a context")
@@ -115,7 +112,6 @@ def _add(batch: Any, token: int, at: int, name: int, wanted: bool) -> None:
     batch.n_seq_id[index], batch.seq_id[index][0] = 1, name
     batch.n_tokens = index + 1
 
-FLASH=os.environ.get("FA","")
 
 def convert(model: Path, variant: str, path: Path) -> None:
     """Writes a Llama as GGUF, without a vocabulary: tokens go in and out as ids."""
