@@ -68,7 +68,7 @@ def measure(settings: dict[str, Any], model: str, count: int) -> Found:
         for token, entries in zip(row[1:], (output.prompt_logprobs or [])[1:], strict=True):
             assert entries is not None
             logprobs.append(entries[token].logprob)
-            best.append(min(entries, key=lambda other: entries[other].rank))
+            best.append(next(other for other, entry in entries.items() if entry.rank == 1))
     params = SamplingParams(temperature=0, max_tokens=GREEDY, ignore_eos=True)
     outputs = llm.generate([row[:PROMPT] for row in rows], params, use_tqdm=False)
     return Found(logprobs, best, [output.outputs[0].token_ids for output in outputs], llm.engine.info()["weights_memory"])

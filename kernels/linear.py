@@ -43,6 +43,8 @@ class Linear:
             raise ValueError(f"a linear layer's weight is [out, in]; given {list(weight.shape)}")
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"the bias of a {list(weight.shape)} weight is [{weight.shape[0]}]; given {list(bias.shape)}")
+        if bias is not None and bias.device != weight.device:
+            raise ValueError(f"a linear layer's weight and bias are on one device; given {weight.device} and {bias.device}")
         if quantization not in (None, "int8"):
             raise ValueError(f"a linear layer's quantization is None or 'int8'; given {quantization!r}")
         self.out_features, self.in_features = weight.shape

@@ -72,6 +72,7 @@ class NativeIndex:
     start: Ints  # [R]
     offset: Ints  # [R + 1]
     tables: Ints  # [R, columns]
+    blocks: int  # of the cache, at least: all that are read are below
     plans: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by value size and threads, with room for a layer's work
 
     def plan(self, value_size: int, threads: int) -> Tensor:
@@ -92,10 +93,19 @@ class NativeIndex:
 def index_native(
     tables: Ints, start: Ints, length: Ints, *, heads: int, kv_heads: int, head_dim: int, block_size: int, window: int | None
 ) -> NativeIndex:
-    """The index of R rows; arguments as those of `index_attention`, which has checked them."""
+    """The index of R rows; arguments as those of `index_attention`, which has checked them.
+
+    Raises ValueError for a block below 0 among those that are read.
+    """
     offset = np.concatenate(([0], np.cumsum(length)), dtype=np.int32)
     start, tables = (np.ascontiguousarray(x, np.int32) for x in (start, tables))
-    return NativeIndex(int(offset[-1]), (heads, kv_heads, head_dim, block_size), window, start, offset, tables)
+    first = start * 0 if window is None else np.maximum(start - window + 1, 0) // block_size
+    column, end = np.arange(tables.shape[1]), -(-(start + length) // block_size)
+    read = tables[(column >= first[:, None]) & (column < end[:, None])]
+    if read.min(initial=0) < 0:
+        raise ValueError(f"blocks are counted from 0; a table has block {read.min()}")
+    sizes, blocks = (heads, kv_heads, head_dim, block_size), int(read.max(initial=-1)) + 1
+    return NativeIndex(int(offset[-1]), sizes, window, start, offset, tables, blocks)
 
 
 def attend_native(
@@ -103,7 +113,8 @@ def attend_native(
 ) -> Tensor:
     """Attention as `paged_attention` describes it, which calls this after it checked what is given. Returns [N, H * m].
 
-    Raises ValueError for an index of other sizes, for a dtype that is not native, and for caches that do not lie together.
+    Raises ValueError for an index of other sizes or of blocks that the cache lacks, for a dtype that is not native, and for
+    caches that do not lie together.
     """
     n, heads, size = q.shape
     _, kv_heads, block_size, value_size = v_cache.shape
@@ -112,6 +123,8 @@ def attend_native(
             f"query heads, KV heads, head size and block size were {list(index.sizes)} when the step was indexed; given "
             f"queries {list(q.shape)}, keys cached as {list(k_cache.shape)} and values as {list(v_cache.shape)}"
         )
+    if len(k_cache) < index.blocks:
+        raise ValueError(f"rows have keys in block {index.blocks - 1}; the cache has {len(k_cache)} blocks")
     if not native_attention(q.dtype, q.device):
         raise ValueError(f"the step was indexed for native attention, which has no {q.dtype} on {q.device.type}")
     check_together(k_cache, v_cache)

@@ -78,13 +78,15 @@ def index_attention(
     tables: int32 [R, columns], the blocks of each row; start, length: int32 [R]; length >= 1. `dtype` is that of the
     queries. With `batch_invariant` the bits of a token's result depend only on its query and the keys and values that
     it sees, not on the other rows, nor on which of its row's tokens come in one step. Raises ValueError for a row
-    without tokens or with fewer blocks than its positions need.
+    without tokens or with fewer blocks than its positions need, and for arrays of different lengths.
     """
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads do not share {kv_heads} KV heads evenly")
     if window is not None and window < 1:
         raise ValueError(f"a window has at least one token; given {window}")
-    if len(length) and (length.min() < 1 or (start + length).max() > tables.shape[1] * block_size):
+    if not len(tables) == len(start) == len(length):
+        raise ValueError(f"{len(tables)} rows of blocks, {len(start)} starts and {len(length)} lengths do not go together")
+    if len(length) and (length.min() < 1 or start.min() < 0 or (start + length).max() > tables.shape[1] * block_size):
         raise ValueError(f"rows need at least one token and at most {tables.shape[1]} blocks of {block_size}")
     device = torch.device(device)
     if native_attention(dtype, device):
