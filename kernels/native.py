@@ -21,7 +21,7 @@ def library() -> ctypes.CDLL | None:
     """The library, or None: switched off, not built, or not to be loaded here."""
     if os.environ.get("PAGEFORK_NATIVE") == "off":
         return None
-    built = max((Path(__file__).parent / "csrc").glob("_native*.so"), key=lambda path: path.stat().st_mtime, default=None)
+    built = _built(Path(__file__).parent / "csrc")
     if built is None:
         return None
     import torch  # noqa: F401  # its OpenMP runtime, whose threads the library computes on
@@ -33,6 +33,19 @@ def library() -> ctypes.CDLL | None:
         return None
     lib.pagefork_isa.restype = ctypes.c_char_p
     return lib
+
+
+def _built(folder: Path) -> Path | None:
+    """The newest library in a folder, unless it is older than sources beside it: its structures may be others than ours."""
+    built = max(folder.glob("_native*.so"), key=_time, default=None)
+    if built is not None and any(_time(path) > _time(built) for path in folder.iterdir()):
+        logger.warning("%s is older than its sources, so torch computes instead: install the package again to build it", built)
+        return None
+    return built
+
+
+def _time(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def native_isa() -> str | None:

@@ -132,7 +132,7 @@ def test_running_out_while_weights_are_loaded_names_the_dtype(path: Path, monkey
 
     monkeypatch.setattr(build_module, "load_model", load)
     with pytest.raises(ConfigError, match=r"loading the weights ran out of memory: 1000000000 .*dtype='bfloat16'"):
-        _load(EngineConfig(model=str(path)), path, torch.float32, CPU, InventedMemory(10**9))
+        _load(EngineConfig(model=str(path)), path, torch.float32, CPU, False, InventedMemory(10**9))
 
 
 def test_running_out_in_a_measured_step_names_the_sizes_of_steps(model: Model) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pagefork.kernels.native import library, native_isa
+from pagefork.kernels.native import _built, library, native_isa
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +28,18 @@ def test_every_source_is_built_and_goes_into_the_source_distribution() -> None:
     files = {f"kernels/csrc/{path.name}" for path in (ROOT / "kernels/csrc").iterdir() if path.suffix in {".cpp", ".h", ".inc"}}
     assert {*built["sources"], *built["depends"]} == files
     assert built["optional"], "without a compiler the package is installed all the same"
+
+
+def test_a_library_older_than_its_sources_is_not_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert _built(tmp_path) is None
+    source, built, later = (tmp_path / name for name in ("matmul.inc", "_native.abi3.so", "_native.so"))
+    for age, path in ((30, source), (20, built), (10, later)):
+        path.touch()
+        os.utime(path, (2e9 - age, 2e9 - age))
+    assert _built(tmp_path) == later
+    os.utime(source, (2e9, 2e9))
+    assert _built(tmp_path) is None
+    assert "older than its sources" in caplog.text
 
 
 def test_the_library_can_be_switched_off() -> None:
