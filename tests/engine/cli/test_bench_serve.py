@@ -123,7 +123,7 @@ def test_what_is_measured_is_what_the_engine_writes(
         assert found["generated_texts"] == [output.outputs[0].text for output in expected]
         assert found["output_lens"] == [len(output.outputs[0].token_ids) for output in expected]
         assert found["input_lens"] == [len(output.prompt_token_ids) for output in expected]
-        assert found["model_id"] == "demo" and len(found["ttfts"]) == 3 and all(found["itls"])
+        assert found["model_id"] == "demo" and len(found["ttfts"]) == len(found["itls"]) == 3
 
 
 def test_no_more_requests_run_at_once_than_allowed(served: Served, tmp_path: Path) -> None:
