@@ -24,7 +24,7 @@ from pagefork import LLM, SamplingParams
 from pagefork.cli.serving_load import arrivals, random_asks
 from pagefork.server.launch import Served
 
-SHORT = ["--num-prompts", "6", "--random-input-len", "12", "--random-output-len", "5"]
+SHORT = ["--num-prompts", "6", "--random-input-len", "12", "--random-output-len", "40"]  # several deltas
 PROMPTS = ["def f(", "import os\n", "class Queue:\n    def"]
 
 
@@ -55,7 +55,7 @@ def measured(folder: Path, *flags: str, code: int = 0) -> dict[str, Any]:
 @pytest.fixture
 def prompt_file(tmp_path: Path) -> Path:
     file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": prompt, "max_tokens": 7}) + "\n" for prompt in PROMPTS))
+    file.write_text("".join(json.dumps({"prompt": prompt, "max_tokens": 40}) + "\n" for prompt in PROMPTS))
     return file
 
 
@@ -93,11 +93,11 @@ def test_the_numbers_follow_from_the_times_of_every_request(served: Served, tmp_
     found = measured(tmp_path, "--address", served.endpoint, *SHORT, *flags)
     assert (found["completed"], found["failed"], found["failures"]) == (6, 0, {})
     assert found["metadata"] == {"purpose": "test"}
-    assert found["input_lens"] == [12] * 6 and found["output_lens"] == [5] * 6
-    assert found["output_throughput"] == pytest.approx(30 / found["duration"])
-    assert found["total_token_throughput"] == pytest.approx(102 / found["duration"])
+    assert found["input_lens"] == [12] * 6 and found["output_lens"] == [40] * 6
+    assert found["output_throughput"] == pytest.approx(240 / found["duration"])
+    assert found["total_token_throughput"] == pytest.approx(312 / found["duration"])
     ttfts, e2els, itls = found["ttfts"], found["e2els"], found["itls"]
-    tpots = [(e2el - ttft) / 4 for e2el, ttft in zip(e2els, ttfts, strict=True)]
+    tpots = [(e2el - ttft) / 39 for e2el, ttft in zip(e2els, ttfts, strict=True)]
     for name, values in {"ttft": ttfts, "e2el": e2els, "itl": [*chain(*itls)], "tpot": tpots}.items():
         assert found[f"mean_{name}_ms"] == pytest.approx(1000 * np.mean(values))
         assert found[f"median_{name}_ms"] == pytest.approx(1000 * np.median(values))
@@ -105,7 +105,7 @@ def test_the_numbers_follow_from_the_times_of_every_request(served: Served, tmp_
         for point in (10, 75, 99.9):
             assert found[f"p{point}_{name}_ms"] == pytest.approx(1000 * np.percentile(values, point))
     for ttft, gaps, e2el in zip(ttfts, itls, e2els, strict=True):
-        assert ttft > 0 and 1 <= len(gaps) <= 4 and ttft + sum(gaps) <= e2el
+        assert ttft > 0 and 1 <= len(gaps) <= 39 and ttft + sum(gaps) <= e2el
     times = zip(ttfts, e2els, tpots, strict=True)
     good = [ttft <= 0.03 and e2el <= 0.06 and tpot <= 0.02 for ttft, e2el, tpot in times]
     assert found["request_goodput"] == pytest.approx(sum(good) / found["duration"])
@@ -117,13 +117,13 @@ def test_what_is_measured_is_what_the_engine_writes(
 ) -> None:
     """Over both transports."""
     greedy = ["--dataset-name", "custom", "--dataset-path", str(prompt_file), "--temperature", "0"]
-    expected = demo.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=7), use_tqdm=False)
+    expected = demo.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=40), use_tqdm=False)
     for target in (["--address", served.endpoint], ["--backend", "openai", "--base-url", pair.url]):
         found = measured(tmp_path, *target, *greedy)
         assert found["generated_texts"] == [output.outputs[0].text for output in expected]
         assert found["output_lens"] == [len(output.outputs[0].token_ids) for output in expected]
         assert found["input_lens"] == [len(output.prompt_token_ids) for output in expected]
-        assert found["model_id"] == "demo" and len(found["ttfts"]) == len(found["itls"]) == 3
+        assert found["model_id"] == "demo" and len(found["ttfts"]) == 3 and all(found["itls"])
 
 
 def test_no_more_requests_run_at_once_than_allowed(served: Served, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_requests_are_sent_at_their_times(served: Served, tmp_path: Path) -> Non
 def test_searches_are_measured_too(served: Served, tmp_path: Path, flags: list[str]) -> None:
     found = measured(tmp_path, "--address", served.endpoint, *SHORT, "--strategy", *flags)
     assert found["completed"] == 6
-    assert found["output_lens"] == [5 * found["sampling"].get("n", 1)] * 6
+    assert found["output_lens"] == [40 * found["sampling"].get("n", 1)] * 6
     assert all(ttft <= e2el for ttft, e2el in zip(found["ttfts"], found["e2els"], strict=True))
 
 
